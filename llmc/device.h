@@ -1,0 +1,50 @@
+// A device: where tensors live and ops run. Every op is declared once as a template over the device; Cpu<Real> is the
+// readable reference and a working backend, Gpu<Real> (device.cuh) the fast one.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "llmc/types.h"
+
+// What went wrong inside an op, written by the device and read by the host after the step: ops cannot throw, because on
+// a GPU nobody waits for them. The first fault wins.
+struct DeviceStatus {
+  enum Code : int32_t { ok = 0, token_out_of_range = 1, expert_out_of_range = 2 };
+  int32_t code = ok;
+  int32_t layer = -1;  // set by the model where it knows
+  int64_t token = -1;  // position in the micro-batch
+  int64_t value = 0;   // the offending value
+};
+
+// The host's processors and memory.
+//   Real  storage type of weights and activations: float, double, or bf16 (rounded where the GPU rounds)
+//   Acc   type of every sum, of router, norms, losses, master weights and moments: double for double, else float
+template <class Real_>
+struct Cpu {
+  using Real = Real_;
+  using Acc = std::conditional_t<std::is_same_v<Real_, double>, double, float>;
+  static constexpr const char* name = "cpu";
+
+  bool plain_matmul = false;  // the plain loop instead of the library (slower; the order of every sum is then ours)
+  DeviceStatus* status = nullptr;
+
+  void* allocate(size_t bytes) {
+    void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (!p && bytes) throw std::bad_alloc();
+    return p;
+  }
+  void release(void* p) { std::free(p); }
+  void zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
+  void fill_byte(void* p, int byte, size_t bytes) { std::memset(p, byte, bytes); }
+  void to_device(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
+  void to_host(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
+  void synchronize() {}
+  void fault(DeviceStatus::Code code, int64_t token, int64_t value) {
+    if (status && status->code == DeviceStatus::ok) *status = {code, -1, token, value};
+  }
+
+  static constexpr size_t alignment = 256;
+};

@@ -1,0 +1,214 @@
+// The memory plan: every tensor has a name, shape, dtype, lifetime and category before a byte is allocated.
+//
+// The model's code is run twice over the same lines. First "planning": ops are not executed, but each one advances a
+// clock and stamps the tensors it was given, so that first and last use are known. Then place() packs the tensors whose
+// lifetimes overlap side by side, and the rest on top of each other, into one arena. Afterwards the very same code runs
+// for real. There is no second description of the model that could drift from the first.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "llmc/device.h"
+#include "llmc/types.h"
+
+enum class Category { weights, gradients, optimizer, saved, metadata, workspace };
+inline constexpr int n_category = 6;
+const char* category_name(Category c);
+
+// One tensor of the plan. `first` and `last` are ticks of the planning clock, both inclusive; a persistent tensor lives
+// from start to end. `data` is null until the arena is allocated.
+struct TensorInfo {
+  std::string name;
+  std::vector<int64_t> shape;
+  DType dtype = DType::f32;
+  Category category = Category::workspace;
+  int layer = -1;      // -1: belongs to no layer
+  std::string part;    // "attention", "moe", "mlp" or ""
+  bool persistent = false;
+  int64_t first = -1, last = -1;
+  size_t bytes = 0;    // exact size of the elements
+  size_t offset = 0;   // in the arena
+  void* data = nullptr;
+};
+
+// A typed handle. Converts to the T* that ops take; a default-constructed handle is the null tensor.
+template <class T>
+struct Tensor {
+  TensorInfo* info = nullptr;
+  operator T*() const { return info ? static_cast<T*>(info->data) : nullptr; }
+  explicit operator bool() const { return info != nullptr; }
+  T* data() const { return *this; }
+  int64_t size() const { return info ? int64_t(info->bytes / sizeof(T)) : 0; }
+};
+
+class Plan {
+ public:
+  static constexpr size_t alignment = 256;
+
+  // Declares a tensor. Sizes are computed in 64 bits; a product past 2^62 bytes is an Error.
+  TensorInfo* add(std::string name, std::vector<int64_t> shape, DType dtype, Category category, bool persistent);
+  template <class T>
+  Tensor<T> persistent(std::string name, std::vector<int64_t> shape, Category category) {
+    return {add(std::move(name), std::move(shape), dtype_of<T>(), category, true)};
+  }
+
+  // The layer and part that the tensors declared next belong to.
+  void set_place(int layer, std::string part) { layer_ = layer, part_ = std::move(part); }
+  int layer() const { return layer_; }
+
+  int64_t tick() { return clock_++; }
+  void touch(TensorInfo* t, int64_t tick) {
+    if (t->first < 0) t->first = tick;
+    t->last = tick;
+  }
+
+  // Chooses offsets: persistent tensors one after another, then the others, largest first, each at the lowest offset
+  // that is free during its whole life.
+  void place();
+
+  size_t arena_bytes() const { return arena_bytes_; }
+  size_t persistent_bytes() const { return persistent_bytes_; }
+  // Bytes by category. For workspace it is what the arena needs beyond the other categories, so that the sum over the
+  // categories is arena_bytes(), to the byte.
+  size_t category_bytes(Category c) const;
+  // Bytes of one category that belong to one layer and part ("" = every part).
+  size_t layer_bytes(int layer, const std::string& part, Category c) const;
+  const std::deque<TensorInfo>& tensors() const { return tensors_; }
+  std::deque<TensorInfo>& tensors() { return tensors_; }
+  int64_t ticks() const { return clock_; }
+
+ private:
+  std::deque<TensorInfo> tensors_;  // a deque: handles point into it
+  int layer_ = -1;
+  std::string part_;
+  int64_t clock_ = 0;
+  size_t arena_bytes_ = 0, persistent_bytes_ = 0;
+};
+
+// The memory that a plan describes: one arena, or (separate) an allocation of its own for every tensor, poisoned with
+// NaN bytes at the end of its lifetime, so that memory checkers see real edges and stale reads show.
+template <class Device>
+class Arena {
+ public:
+  Arena(Device& device, Plan& plan, bool separate) : device_(device), plan_(plan), separate_(separate) {
+    if (separate_) {
+      for (TensorInfo& t : plan_.tensors()) {
+        allocated_ += t.bytes;
+        t.data = device_.allocate(t.bytes);
+        device_.fill_byte(t.data, t.persistent ? 0 : 0xFF, t.bytes);
+      }
+    } else {
+      allocated_ = plan_.arena_bytes();
+      base_ = static_cast<char*>(device_.allocate(allocated_));
+      device_.zero(base_, plan_.persistent_bytes());
+      for (TensorInfo& t : plan_.tensors()) t.data = base_ + t.offset;
+    }
+  }
+  ~Arena() {
+    if (separate_)
+      for (TensorInfo& t : plan_.tensors()) device_.release(t.data);
+    else
+      device_.release(base_);
+    for (TensorInfo& t : plan_.tensors()) t.data = nullptr;
+  }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  bool separate() const { return separate_; }
+  size_t allocated_bytes() const { return allocated_; }
+  void end_of_life(TensorInfo* t) { device_.fill_byte(t->data, 0xFF, t->bytes); }
+
+ private:
+  Device& device_;
+  Plan& plan_;
+  bool separate_;
+  char* base_ = nullptr;
+  size_t allocated_ = 0;
+};
+
+// Called for every op with its name; empty by default. Profilers and tests hang themselves here.
+using OpObserver = std::function<void(const char* op, int layer)>;
+
+// Runs ops, or plans them. op("name", function, arguments...) reads like a call of function(device, arguments...);
+// arguments that are tensors are stamped with the clock while planning and passed as pointers while running.
+template <class Device>
+class Executor {
+ public:
+  Executor(Device& device, Plan& plan) : device(device), plan(plan) {}
+
+  Device& device;
+  Plan& plan;
+  OpObserver observer;
+
+  bool planning() const { return arena_ == nullptr; }
+  void run_with(Arena<Device>* arena) { arena_ = arena; }
+
+  // Starts program `id` (training step, evaluation, decoding): its temporaries are its own.
+  void begin(int id) {
+    if (int(programs_.size()) <= id) programs_.resize(id + 1);
+    program_ = &programs_[id];
+    if (planning()) {
+      if (!program_->temporaries.empty()) fail("program ", id, " is planned twice");
+      program_->first_tick = plan.ticks();
+    }
+    cursor_ = 0;
+    tick_ = program_->first_tick;
+  }
+
+  // A tensor of the running program, alive from the first op that is given it to the last.
+  template <class T>
+  Tensor<T> tensor(const char* name, std::vector<int64_t> shape, Category category = Category::workspace) {
+    if (planning()) program_->temporaries.push_back(plan.add(name, std::move(shape), dtype_of<T>(), category, false));
+    if (cursor_ >= program_->temporaries.size() || program_->temporaries[cursor_]->name != name)
+      fail("the program asks for tensor '", name, "', which was not planned at this place");
+    return {program_->temporaries[cursor_++]};
+  }
+
+  template <class... Params, class... Args>
+  void op(const char* name, void (*function)(Device&, Params...), const Args&... args) {
+    static_assert(sizeof...(Params) == sizeof...(Args), "an op takes exactly its declared arguments: there are no defaults");
+    if (planning()) {
+      int64_t tick = plan.tick();
+      (stamp(args, tick), ...);
+      return;
+    }
+    function(device, Params(args)...);
+    if (observer) observer(name, plan.layer());
+    if (arena_->separate()) (poison(args), ...);
+    ++tick_;
+  }
+
+ private:
+  struct Program {
+    std::vector<TensorInfo*> temporaries;
+    int64_t first_tick = 0;
+  };
+
+  template <class A>
+  void each_tensor(const A& arg, auto&& visit) {
+    if constexpr (requires { arg.info; }) {
+      if (arg.info && !arg.info->persistent) visit(arg.info);
+    } else if constexpr (requires { arg.for_each_tensor(visit); }) {
+      arg.for_each_tensor([&](auto t) { each_tensor(t, visit); });
+    }
+  }
+  template <class A>
+  void stamp(const A& arg, int64_t tick) {
+    each_tensor(arg, [&](TensorInfo* t) { plan.touch(t, tick); });
+  }
+  template <class A>
+  void poison(const A& arg) {
+    each_tensor(arg, [&](TensorInfo* t) {
+      if (t->last == tick_) arena_->end_of_life(t);
+    });
+  }
+
+  Arena<Device>* arena_ = nullptr;
+  std::deque<Program> programs_;
+  Program* program_ = nullptr;
+  size_t cursor_ = 0;
+  int64_t tick_ = 0;
+};
