@@ -135,7 +135,8 @@ CheckpointWriter::~CheckpointWriter() {
 
 void CheckpointWriter::remove_stale() {
   for (const std::string& name : list(out_dir_))
-    if (name.ends_with(kTemporary) && step_of(name.substr(0, name.find('.')))) remove_tree((fs::path(out_dir_) / name).string());
+    if (name.ends_with(kTemporary) && step_of(name.substr(0, name.find('.'))))
+      remove_tree((fs::path(out_dir_) / name).string());
 }
 
 std::string CheckpointWriter::path(const std::string& name) const { return (fs::path(temporary_) / name).string(); }
@@ -147,8 +148,7 @@ void CheckpointWriter::write_text(const std::string& name, std::string_view text
 }
 
 std::string CheckpointWriter::commit(int64_t keep) {
-  if (std::string lack = missing(temporary_); !lack.empty())
-    fail(temporary_, ": not a checkpoint to commit: ", lack);
+  if (std::string lack = missing(temporary_); !lack.empty()) fail(temporary_, ": not a checkpoint to commit: ", lack);
   for (const std::string& name : list(temporary_)) sync_path(path(name));
   sync_path(temporary_);
   std::string final = (fs::path(out_dir_) / name_).string();

@@ -18,7 +18,7 @@ class CheckpointWriter {
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
-  std::string path(const std::string& name) const;                 // where to write the file `name`
+  std::string path(const std::string& name) const;                  // where to write the file `name`
   void write_text(const std::string& name, std::string_view text);  // writes it
 
   // fsync of all files and of the directory; rename (a complete checkpoint of the same step is exchanged in one rename

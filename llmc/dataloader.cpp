@@ -25,7 +25,7 @@ constexpr int64_t kHeaderInts = 256, kHeaderBytes = kHeaderInts * int64_t(sizeof
 template <class Id>
 Id largest(const Id* ids, int64_t count) {
   Id result = 0;
-#pragma omp parallel for simd reduction(max : result) schedule(static)
+#pragma omp parallel for simd reduction(max : result) schedule(static) if (count > 100000)
   for (int64_t i = 0; i < count; i++) result = std::max(result, ids[i]);
   return result;
 }

@@ -39,6 +39,7 @@ struct Cpu {
   void release(void* p) { std::free(p); }
   void zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
   void fill_byte(void* p, int byte, size_t bytes) { std::memset(p, byte, bytes); }
+  void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
   void to_device(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
   void to_host(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
   void synchronize() {}

@@ -155,8 +155,12 @@ void Logger::train(int64_t step, double loss, double learning_rate, double grad_
              " norm:" + fixed(grad_norm, 2));
 }
 
-void Logger::validation(int64_t step, double loss) { main_.line("s:" + std::to_string(step) + " tel:" + fixed(loss, 4)); }
+void Logger::validation(int64_t step, double loss) {
+  main_.line("s:" + std::to_string(step) + " tel:" + fixed(loss, 4));
+}
 
-void Logger::eval(int64_t step, double accuracy) { main_.line("s:" + std::to_string(step) + " eval:" + fixed(accuracy, 4)); }
+void Logger::eval(int64_t step, double accuracy) {
+  main_.line("s:" + std::to_string(step) + " eval:" + fixed(accuracy, 4));
+}
 
 void Logger::record(const ordered_json& record) { json_.line(format_json(record)); }

@@ -30,9 +30,10 @@ class Logger {
   void truncate_after(int64_t step);
 
   // main.log
-  void train(int64_t step, double loss, double learning_rate, double grad_norm);  // s:1 trl:5.5452 lr:0.000300 norm:1.25
-  void validation(int64_t step, double loss);                                     // s:1 tel:5.5452
-  void eval(int64_t step, double accuracy);                                       // s:1 eval:0.2500
+  void train(int64_t step, double loss, double learning_rate,
+             double grad_norm);                // s:1 trl:5.5452 lr:0.000300 norm:1.25
+  void validation(int64_t step, double loss);  // s:1 tel:5.5452
+  void eval(int64_t step, double accuracy);    // s:1 eval:0.2500
 
   // log.jsonl. `record` is an object; give it an integer "step" unless it belongs to none.
   void record(const nlohmann::ordered_json& record);

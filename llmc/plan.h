@@ -175,7 +175,7 @@ class Executor {
       (stamp(args, tick), ...);
       return;
     }
-    function(device, Params(args)...);
+    function(device, static_cast<Params>(args)...);
     if (observer) observer(name, plan.layer());
     if (arena_->separate()) (poison(args), ...);
     ++tick_;

@@ -13,34 +13,27 @@
 #include <nlohmann/json.hpp>
 
 #include "llmc/error.h"
-
-static_assert(std::endian::native == std::endian::little, "safetensors is little-endian");
-
-namespace {
+#include "llmc/safetensors_common.h"
 
 using nlohmann::json;
 
-constexpr uint64_t kMaxHeader = 100'000'000;  // the limit of the reference implementation
+static_assert(std::endian::native == std::endian::little, "safetensors is little-endian");
 
-constexpr size_t kMaxRank = 64;
-
-// A string as JSON; bytes that are not UTF-8, which JSON lacks, become U+FFFD.
-std::string json_string(const std::string& text) {
-  return json(text).dump(-1, ' ', false, json::error_handler_t::replace);
-}
-
-// A name from a file, made fit for an error line: quoted, control characters escaped, not endless.
 std::string shown(const std::string& name) {
   std::string text = json(name).dump(-1, ' ', true, json::error_handler_t::replace);
   return text.size() <= 200 ? text : text.substr(0, 200) + "...\"";
 }
 
+namespace {
+
+constexpr size_t kMaxRank = 64;
+
 // Bytes of an element, or 0 for a type that we do not know.
 size_t element_size(const std::string& dtype) {
   static const std::unordered_map<std::string, size_t> sizes = {
-      {"BOOL", 1},   {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
-      {"F16", 2},    {"BF16", 2}, {"U32", 4}, {"I32", 4},     {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8},
-      {"C64", 8}};
+      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+      {"U16", 2},  {"I16", 2}, {"F16", 2}, {"BF16", 2},    {"U32", 4},     {"I32", 4},
+      {"F32", 4},  {"U64", 8}, {"I64", 8}, {"F64", 8},     {"C64", 8}};
   auto it = sizes.find(dtype);
   return it == sizes.end() ? 0 : it->second;
 }
@@ -147,22 +140,6 @@ class HeaderReader {
   std::unordered_set<std::string> seen_;
 };
 
-// Product of shape times the size of an element; false on overflow of what int64_t can count.
-bool checked_bytes(const std::vector<int64_t>& shape, size_t element, int64_t& elements, size_t& bytes) {
-  constexpr uint64_t limit = uint64_t(std::numeric_limits<int64_t>::max());
-  bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
-  uint64_t n = empty ? 0 : 1;
-  for (int64_t d : shape) {
-    if (d < 0) return false;
-    if (!empty && n > limit / uint64_t(d)) return false;
-    n *= uint64_t(d);
-  }
-  if (n > limit / element) return false;
-  elements = int64_t(n);
-  bytes = n * element;
-  return true;
-}
-
 float half_to_float(uint16_t h) {
   float sign = h & 0x8000 ? -1.0f : 1.0f;
   int exponent = (h >> 10) & 31;
@@ -196,8 +173,10 @@ void read_elements(const std::string& name, const TensorView& view, int64_t firs
   }
   if constexpr (!std::is_integral_v<T>) {
     auto narrow = [](auto x) {  // bf16 is made from float only
-      if constexpr (std::is_same_v<T, bf16>) return bf16(float(x));
-      else return T(x);
+      if constexpr (std::is_same_v<T, bf16>)
+        return bf16(float(x));
+      else
+        return T(x);
     };
     if (view.dtype == "F64") return convert_all<double>(from, count, out, narrow);
     if (view.dtype == "F32") return convert_all<float>(from, count, out, narrow);
@@ -264,18 +243,17 @@ SafetensorsContent parse_safetensors(std::span<const std::byte> file, const std:
   }
 
   // The format wants the tensors to tile the data, which rules out overlaps, holes and a cut or padded end at once.
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
-    return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
-  });
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
   uint64_t covered = 0;
   for (const Range& r : ranges) {
     const std::string& name = reader.entries[r.entry].name;
     if (r.begin < covered) fail(path, ": tensor ", shown(name), ": begins at ", r.begin, ", inside another one");
-    if (r.begin > covered) fail(path, ": tensor ", shown(name), ": begins at ", r.begin, ", after a hole from ", covered);
+    if (r.begin > covered)
+      fail(path, ": tensor ", shown(name), ": begins at ", r.begin, ", after a hole from ", covered);
     covered = r.end;
   }
-  if (covered != data.size())
-    fail(path, ": ", data.size() - covered, " bytes after the last tensor belong to none");
+  if (covered != data.size()) fail(path, ": ", data.size() - covered, " bytes after the last tensor belong to none");
   return content;
 }
 
@@ -296,12 +274,6 @@ const TensorView& SafetensorsFile::get(const std::string& name) const {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string shard_name(const std::string& prefix, size_t index, size_t count) {
-  char text[64];
-  std::snprintf(text, sizeof text, "-%05zu-of-%05zu.safetensors", index + 1, count);
-  return prefix + text;
-}
 
 // n of "PREFIX-00001-of-0000n.safetensors", or 0 if the name is not of that form.
 size_t shard_count(const std::string& name, const std::string& prefix) {
@@ -384,120 +356,4 @@ const TensorView& SafetensorsDir::get(const std::string& name) const {
   const TensorView* view = find(name);
   if (!view) fail(where_, ": has no tensor ", shown(name));
   return *view;
-}
-
-size_t TensorSpec::bytes() const {
-  int64_t elements;
-  size_t total;
-  if (!checked_bytes(shape, dtype_size(dtype), elements, total))
-    fail("tensor ", shown(name), ": a negative dimension, or more elements than can be counted");
-  return total;
-}
-
-namespace {
-
-// The file's first bytes. Written by hand rather than from a json object: names keep their order.
-std::string make_header(const std::string& path, const std::vector<TensorSpec>& tensors,
-                        std::map<std::string, std::string> metadata) {
-  metadata.emplace("format", "pt");
-  std::string text = "{\"__metadata__\":" + json(metadata).dump(-1, ' ', false, json::error_handler_t::replace);
-  std::unordered_set<std::string> seen;
-  size_t offset = 0;
-  for (const TensorSpec& t : tensors) {
-    if (t.name == "__metadata__" || !seen.insert(t.name).second)
-      fail(path, ": tensor name ", shown(t.name), " is reserved or occurs twice");
-    if (offset % dtype_size(t.dtype) != 0)
-      fail(path, ": tensor ", shown(t.name), " would start at byte ", offset, ", unaligned: declare wider types first");
-    text += "," + json_string(t.name) + ":{\"dtype\":\"" + dtype_name(t.dtype) + "\",\"shape\":" + json(t.shape).dump();
-    text += ",\"data_offsets\":[" + std::to_string(offset) + "," + std::to_string(offset + t.bytes()) + "]}";
-    offset += t.bytes();
-  }
-  text += "}";
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  if (text.size() > kMaxHeader) fail(path, ": ", tensors.size(), " tensors make a header of more than 100 MB");
-  uint64_t length = text.size();
-  return std::string(reinterpret_cast<const char*>(&length), 8) + text;
-}
-
-}  // namespace
-
-SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<TensorSpec> tensors,
-                                     std::map<std::string, std::string> metadata)
-    : path_(path), tensors_(std::move(tensors)), header_(make_header(path, tensors_, std::move(metadata))), file_(path) {
-  file_.write(header_.data(), header_.size());
-  skip_complete();
-}
-
-void SafetensorsWriter::skip_complete() {
-  while (current_ < tensors_.size() && written_ == tensors_[current_].bytes()) {
-    current_++;
-    written_ = 0;
-  }
-}
-
-void SafetensorsWriter::append(const std::string& name, const void* data, size_t bytes) {
-  if (bytes == 0) return;  // of an empty tensor, wherever it stands
-  if (current_ == tensors_.size()) fail(path_, ": tensor ", shown(name), ": more bytes than were declared");
-  const TensorSpec& t = tensors_[current_];
-  if (t.name != name) fail(path_, ": tensor ", shown(name), " was given where ", shown(t.name), " is due");
-  if (bytes > t.bytes() - written_)
-    fail(path_, ": tensor ", shown(name), ": ", written_ + bytes, " bytes, but ", t.bytes(), " were declared");
-  file_.write(data, bytes);
-  written_ += bytes;
-  skip_complete();
-}
-
-void SafetensorsWriter::finish() {
-  if (current_ < tensors_.size())
-    fail(path_, ": tensor ", shown(tensors_[current_].name), ": only ", written_, " of ", tensors_[current_].bytes(),
-         " bytes were given");
-  file_.finish();
-}
-
-SafetensorsShardedWriter::SafetensorsShardedWriter(const std::string& dir, const std::string& prefix,
-                                                   const std::vector<TensorSpec>& tensors,
-                                                   const std::map<std::string, std::string>& metadata,
-                                                   size_t shard_bytes)
-    : dir_(dir), prefix_(prefix), metadata_(metadata) {
-  shards_.emplace_back();
-  size_t filled = 0;
-  for (const TensorSpec& t : tensors) {
-    if (!shards_.back().empty() && filled + t.bytes() > shard_bytes) {
-      shards_.emplace_back();
-      filled = 0;
-    }
-    shards_.back().push_back(t);
-    filled += t.bytes();
-    total_bytes_ += t.bytes();
-    if (!shard_of_.emplace(t.name, shards_.size() - 1).second)
-      fail((fs::path(dir) / prefix).string(), ": tensor name ", shown(t.name), " occurs twice");
-  }
-  if (shards_.size() > 99999) fail(dir, ": ", shards_.size(), " shards of ", shard_bytes, " bytes: make them larger");
-  open_shard(0);
-}
-
-void SafetensorsShardedWriter::open_shard(size_t index) {
-  std::string name = shards_.size() == 1 ? prefix_ + ".safetensors" : shard_name(prefix_, index, shards_.size());
-  writer_ = std::make_unique<SafetensorsWriter>((fs::path(dir_) / name).string(), shards_[index], metadata_);
-  current_ = index;
-}
-
-void SafetensorsShardedWriter::append(const std::string& name, const void* data, size_t bytes) {
-  if (bytes == 0) return;
-  auto it = shard_of_.find(name);
-  if (it == shard_of_.end()) fail((fs::path(dir_) / prefix_).string(), ": tensor ", shown(name), " was not declared");
-  while (current_ < it->second) {  // finish() notices what the shards passed over lack
-    writer_->finish();
-    open_shard(current_ + 1);
-  }
-  writer_->append(name, data, bytes);
-}
-
-void SafetensorsShardedWriter::finish() {
-  for (writer_->finish(); current_ + 1 < shards_.size(); writer_->finish()) open_shard(current_ + 1);
-  if (shards_.size() == 1) return;
-  std::map<std::string, std::string> files;
-  for (const auto& [tensor, shard] : shard_of_) files.emplace(tensor, shard_name(prefix_, shard, shards_.size()));
-  json index = {{"metadata", {{"total_size", total_bytes_}}}, {"weight_map", files}};
-  write_file_atomic((fs::path(dir_) / (prefix_ + ".safetensors.index.json")).string(), index.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }

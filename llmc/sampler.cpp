@@ -19,7 +19,8 @@ int32_t sample_token(std::span<const float> logits, const SamplerOptions& option
   if (logits.empty()) fail("sampling: no logits");
   if (!(uniform >= 0 && uniform < 1)) fail("sampling: uniform number ", uniform, " is not in [0, 1)");
   for (size_t i = 0; i < logits.size(); i++)
-    if (!std::isfinite(logits[i])) fail("sampling: the logit of token ", i, " is ", logits[i], ": has training diverged?");
+    if (!std::isfinite(logits[i]))
+      fail("sampling: the logit of token ", i, " is ", logits[i], ": has training diverged?");
 
   int32_t best = int32_t(std::max_element(logits.begin(), logits.end()) - logits.begin());  // the first of equals
   if (options.temperature == 0) return best;

@@ -13,10 +13,10 @@ enum class ScheduleKind { cosine, linear, constant, wsd };
 
 struct Schedule {
   ScheduleKind kind = ScheduleKind::cosine;
-  double peak = 3e-4;             // learning rate at the end of the warm-up
-  int64_t warmup_steps = 0;       // step s of the warm-up has peak * (s + 1) / warmup_steps, so step 0 is not wasted
-  int64_t total_steps = 0;        // length of the whole schedule, warm-up included
-  double final_fraction = 0;      // of the peak, reached at total_steps; unused by constant
+  double peak = 3e-4;               // learning rate at the end of the warm-up
+  int64_t warmup_steps = 0;         // step s of the warm-up has peak * (s + 1) / warmup_steps, so step 0 is not wasted
+  int64_t total_steps = 0;          // length of the whole schedule, warm-up included
+  double final_fraction = 0;        // of the peak, reached at total_steps; unused by constant
   double wsd_decay_fraction = 0.2;  // wsd: part of total_steps, at its end, in which the rate falls
 };
 
@@ -52,8 +52,10 @@ inline double learning_rate(const Schedule& s, int64_t step) {
   if (s.kind == ScheduleKind::wsd)
     begin = std::max(begin, s.total_steps - int64_t(std::llround(s.wsd_decay_fraction * double(s.total_steps))));
   double progress = 0;
-  if (step >= s.total_steps) progress = 1;
-  else if (step > begin) progress = double(step - begin) / double(s.total_steps - begin);
+  if (step >= s.total_steps)
+    progress = 1;
+  else if (step > begin)
+    progress = double(step - begin) / double(s.total_steps - begin);
   double remaining = s.kind == ScheduleKind::cosine ? 0.5 * (1 + std::cos(std::numbers::pi * progress)) : 1 - progress;
   return s.peak * (s.final_fraction + (1 - s.final_fraction) * remaining);
 }
