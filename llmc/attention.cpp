@@ -55,6 +55,7 @@ void attention_forward(Device& dev, typename Device::Real* o, typename Device::A
           Acc* s = p + i * tile;
           int64_t n = visible(q0, i, k0, keys);
           Acc m = k0 ? maximum[i] : s[0];
+#pragma omp simd reduction(max : m)
           for (int64_t j = 0; j < n; ++j) m = s[j] > m ? s[j] : m;
           Acc correction = k0 ? exp_of(maximum[i] - m) : Acc(0), total = 0;
 #pragma omp simd reduction(+ : total)
@@ -127,6 +128,7 @@ void attention_backward(Device& dev, typename Device::Real* dqkv, void* scratch,
             int64_t n = visible(q0, i, k0, keys);
             Acc l = lse[(b * T + q0 + i) * NH + h], d = D[q0 + i];
             Acc *s = p + i * tile, *ds = dp + i * tile;
+#pragma omp simd
             for (int64_t j = 0; j < n; ++j) {
               Acc e = exp_of(s[j] - l);
               s[j] = rounded<Real>(e);

@@ -89,14 +89,15 @@ void TokenShards::Unmap::operator()(void* address) const { ::munmap(address, siz
 
 TokenShards::TokenShards(const std::string& glob, int vocab_size) : glob_(glob) {
   glob_t found = {};
-  if (::glob(glob.c_str(), GLOB_TILDE, nullptr, &found) == 0)
+  if (::glob(glob.c_str(), GLOB_TILDE, nullptr, &found) == 0) {
     paths_.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+  }
   ::globfree(&found);
   if (paths_.empty()) fail("no file matches ", glob, ": check the path, or make the data with a script in data/");
   std::sort(paths_.begin(), paths_.end());  // glob() sorts by locale; the order of samples must not depend on that
 
   for (const std::string& path : paths_) {
-    int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not block
     if (file < 0) fail("cannot open ", path, ": ", std::strerror(errno));
     struct stat status = {};
     const bool regular = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);

@@ -14,7 +14,7 @@
 struct DeviceStatus {
   enum Code : int32_t { ok = 0, token_out_of_range = 1, expert_out_of_range = 2 };
   int32_t code = ok;
-  int32_t layer = -1;  // set by the model where it knows
+  int32_t layer = -1;
   int64_t token = -1;  // position in the micro-batch
   int64_t value = 0;   // the offending value
 };
@@ -30,6 +30,7 @@ struct Cpu {
 
   bool plain_matmul = false;  // the plain loop instead of the library (slower; the order of every sum is then ours)
   DeviceStatus* status = nullptr;
+  int layer = -1;             // of the op being run, for the status
 
   void* allocate(size_t bytes) {
     void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
@@ -44,7 +45,7 @@ struct Cpu {
   void to_host(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
   void synchronize() {}
   void fault(DeviceStatus::Code code, int64_t token, int64_t value) {
-    if (status && status->code == DeviceStatus::ok) *status = {code, -1, token, value};
+    if (status && status->code == DeviceStatus::ok) *status = {code, layer, token, value};
   }
 
   static constexpr size_t alignment = 256;

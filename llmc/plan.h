@@ -175,6 +175,7 @@ class Executor {
       (stamp(args, tick), ...);
       return;
     }
+    device.layer = plan.layer();
     function(device, static_cast<Params>(args)...);
     if (observer) observer(name, plan.layer());
     if (arena_->separate()) (poison(args), ...);

@@ -7,8 +7,8 @@ std::vector<double> rope_table(int64_t positions, int64_t head_dim, double theta
   for (int64_t p = 0; p < positions; ++p)
     for (int64_t i = 0; i < head_dim / 2; ++i) {
       double angle = double(p) * std::pow(theta, -2.0 * double(i) / double(head_dim));
-      table[p * head_dim + 2 * i] = std::cos(angle);
-      table[p * head_dim + 2 * i + 1] = std::sin(angle);
+      table[p * head_dim + i] = std::cos(angle);
+      table[p * head_dim + head_dim / 2 + i] = std::sin(angle);
     }
   return table;
 }
@@ -23,23 +23,26 @@ void qknorm_rope_forward(Device&, typename Device::Real* qk, typename Device::Ac
   int64_t HD = heads.head_dim, H = heads.n_head + heads.n_kv_head;
 #pragma omp parallel for
   for (int64_t n = 0; n < N; ++n) {
-    const Acc* cs = table + int64_t(positions[n]) * HD;
+    const Acc *cosine = table + int64_t(positions[n]) * HD, *sine = cosine + HD / 2;
     for (int64_t h = 0; h < H; ++h) {
       const Real* x = qkv + n * heads.qkv_width() + h * HD;
       Real* y = qk + n * heads.qk_width() + h * HD;
       const Real* w = h < heads.n_head ? q_weight : k_weight;
-      Acc r = 1;
+      Acc v[max_head_dim];
+      for (int64_t i = 0; i < HD; ++i) v[i] = Acc(x[i]);
       if (w) {
         Acc sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < HD; ++i) sum += Acc(x[i]) * Acc(x[i]);
-        r = rstd[n * H + h] = Acc(1) / std::sqrt(sum / Acc(HD) + Acc(eps));
+        for (int64_t i = 0; i < HD; ++i) sum += v[i] * v[i];
+        Acc r = rstd[n * H + h] = Acc(1) / std::sqrt(sum / Acc(HD) + Acc(eps));
+#pragma omp simd
+        for (int64_t i = 0; i < HD; ++i) v[i] *= r * Acc(w[i]);
       }
+#pragma omp simd
       for (int64_t i = 0; i < HD / 2; ++i) {
-        Acc a = Acc(x[i]), b = Acc(x[i + HD / 2]);
-        if (w) a *= r * Acc(w[i]), b *= r * Acc(w[i + HD / 2]);
-        y[i] = Real(a * cs[2 * i] - b * cs[2 * i + 1]);
-        y[i + HD / 2] = Real(b * cs[2 * i] + a * cs[2 * i + 1]);
+        Acc a = v[i], b = v[i + HD / 2];
+        y[i] = Real(a * cosine[i] - b * sine[i]);
+        y[i + HD / 2] = Real(b * cosine[i] + a * sine[i]);
       }
     }
   }
@@ -66,7 +69,7 @@ void qknorm_rope_backward(Device&, typename Device::Real* dqkv, Grad<Device> dq_
     Acc* d = thread_share<Acc>(rotated, HD);
     std::fill_n(dw_block, 2 * HD, Acc(0));
     for (int64_t n = block * block_rows; n < std::min(N, (block + 1) * block_rows); ++n) {
-      const Acc* cs = table + int64_t(positions[n]) * HD;
+      const Acc *cosine = table + int64_t(positions[n]) * HD, *sine = cosine + HD / 2;
       for (int64_t h = 0; h < H; ++h) {
         bool query = h < heads.n_head;
         Real* dy = dqkv + n * heads.qkv_width() + h * HD;
@@ -74,8 +77,8 @@ void qknorm_rope_backward(Device&, typename Device::Real* dqkv, Grad<Device> dq_
         const Real* w = query ? q_weight : k_weight;
         for (int64_t i = 0; i < HD / 2; ++i) {  // the inverse rotation
           Acc a = Acc(dy[i]), b = Acc(dy[i + HD / 2]);
-          d[i] = a * cs[2 * i] + b * cs[2 * i + 1];
-          d[i + HD / 2] = b * cs[2 * i] - a * cs[2 * i + 1];
+          d[i] = a * cosine[i] + b * sine[i];
+          d[i + HD / 2] = b * cosine[i] - a * sine[i];
         }
         if (w) {  // RMSNorm backward
           Acc *dw = dw_block + (query ? 0 : HD), r = rstd[n * H + h], dot = 0;

@@ -17,7 +17,9 @@ struct HeadShape {
   int64_t qkv_width() const { return (n_head + 2 * n_kv_head) * head_dim; }
 };
 
-// The table (positions, HD/2, 2) of cos and sin that the ops read.
+inline constexpr int64_t max_head_dim = 512;
+
+// The table (positions, 2, HD/2) that the ops read: for each position the cosines, then the sines, of p w_i.
 std::vector<double> rope_table(int64_t positions, int64_t head_dim, double theta);
 
 // qk (N, (NH+NKV)*HD) from qkv (N, (NH+2*NKV)*HD).

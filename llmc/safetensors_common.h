@@ -1,5 +1,6 @@
 // What the reader and the writer of safetensors share; nobody else includes this.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>

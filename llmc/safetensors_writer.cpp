@@ -29,7 +29,7 @@ std::string json_string(const std::string& text) {
 // The file's first bytes. Written by hand rather than from a json object: names keep their order.
 std::string make_header(const std::string& path, const std::vector<TensorSpec>& tensors,
                         std::map<std::string, std::string> metadata) {
-  metadata.emplace("format", "pt");
+  metadata["format"] = "pt";
   std::string text = "{\"__metadata__\":" + json(metadata).dump(-1, ' ', false, json::error_handler_t::replace);
   std::unordered_set<std::string> seen;
   size_t offset = 0;
@@ -38,7 +38,12 @@ std::string make_header(const std::string& path, const std::vector<TensorSpec>& 
       fail(path, ": tensor name ", shown(t.name), " is reserved or occurs twice");
     if (offset % dtype_size(t.dtype) != 0)
       fail(path, ": tensor ", shown(t.name), " would start at byte ", offset, ", unaligned: declare wider types first");
-    text += "," + json_string(t.name) + ":{\"dtype\":\"" + dtype_name(t.dtype) + "\",\"shape\":" + json(t.shape).dump();
+    text += ',';
+    text += json_string(t.name);
+    text += ":{\"dtype\":\"";
+    text += dtype_name(t.dtype);
+    text += "\",\"shape\":";
+    text += json(t.shape).dump();
     text += ",\"data_offsets\":[" + std::to_string(offset) + "," + std::to_string(offset + t.bytes()) + "]}";
     offset += t.bytes();
   }

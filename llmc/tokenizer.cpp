@@ -136,10 +136,10 @@ void Tokenizer::encode_piece(std::string_view piece, std::vector<int32_t>& ids) 
 //   '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // is written here with \s spelled out, because PCRE2's \s also has U+180E, which Unicode no longer counts as a space.
 static const pcre2_code* gpt2_expression() {
-#define SPACE R"(\t-\r\x{85}\p{Z})"
   static const auto code = [] {
-    constexpr std::string_view pattern = R"('(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^)" SPACE
-                                         R"(\p{L}\p{N}]++|[)" SPACE "]+(?![^" SPACE "])|[" SPACE "]++";
+    const std::string space = R"(\t-\r\x{85}\p{Z})";  // inside brackets
+    const std::string pattern = R"('(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^)" + space + R"(\p{L}\p{N}]++|[)" +
+                                space + "]+(?![^" + space + "])|[" + space + "]++";
     int error = 0;
     size_t offset = 0;
     pcre2_code* compiled = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
@@ -147,7 +147,6 @@ static const pcre2_code* gpt2_expression() {
     if (!compiled) fail("PCRE2 refuses GPT-2's expression (error ", error, "): it was built without Unicode support");
     return std::unique_ptr<pcre2_code, decltype(&pcre2_code_free)>(compiled, pcre2_code_free);
   }();
-#undef SPACE
   return code.get();
 }
 #endif

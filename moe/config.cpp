@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "llmc/swiglu.h"
+
 bool ModelConfig::is_dense(int64_t layer) const {
   return std::find(dense_layers.begin(), dense_layers.end(), layer) != dense_layers.end();
 }
@@ -39,6 +41,7 @@ void ModelConfig::validate() const {
   positive("--n-expert", n_expert), positive("--top-k", top_k), positive("--d-expert", d_expert);
   if (n_head % n_kv_head) fail("--n-head ", n_head, " is not a multiple of --n-kv-head ", n_kv_head);
   if (head_dim % 2) fail("--head-dim ", head_dim, " is odd; rotary embedding pairs its values");
+  if (head_dim > max_head_dim) fail("--head-dim ", head_dim, " is more than ", max_head_dim);
   if (top_k > n_expert) fail("--top-k ", top_k, " is larger than --n-expert ", n_expert);
   if (n_expert > 512) fail("--n-expert ", n_expert, " is more than the 512 that the kernels take");
   if (top_k > 16) fail("--top-k ", top_k, " is more than the 16 that the kernels take");

@@ -126,7 +126,7 @@ struct MoeLayer {
 
   // out (N,C) = residual + experts(input) + shared expert(input). recomputing: the second run of policy `block`, which
   // leaves statistics alone and stops where backward has all it needs.
-  Tensor<Real> forward(MoeSaved<Device>& s, Tensor<Real> input, Tensor<Real> residual, bool keep, bool recomputing) {
+  Tensor<Real> forward(MoeSaved<Device>& s, Tensor<Real> input, Tensor<Real> residual, bool keep, Category out_category, bool recomputing) {
     int64_t N = router.N, C = router.C, E = router.E, K = router.K;
     Category saved = keep ? Category::saved : Category::workspace, metadata = keep ? Category::metadata : Category::workspace;
     s.gates = x.template tensor<Acc>("gates", {N, K}, metadata);
@@ -152,7 +152,9 @@ struct MoeLayer {
     if (!recomputing) {
       auto y = x.template tensor<Real>("y", {experts.R, C});
       x.op("experts down", experts_down<Device>, y, scratch(), s.experts.a, weights.w2, s.plan.offsets, experts);
-      auto out = x.template tensor<Real>("residual", {N, C}, saved);
+      x.plan.set_place(x.plan.layer(), "attention");  // the residual stream is the next layer's input, not ours
+      auto out = x.template tensor<Real>("residual", {N, C}, out_category);
+      x.plan.set_place(x.plan.layer(), "moe");
       x.op("combine", combine<Device>, out, y, residual, s.gates, s.plan.slot_row, N, K, C);
       residual = out;
     }

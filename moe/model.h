@@ -1,0 +1,562 @@
+// GPT-MoE: parameter table, forward, backward, update. Written once for every device.
+//
+//   embedding; per layer: RMSNorm -> attention -> residual -> RMSNorm -> MoE (or dense MLP) -> residual;
+//   RMSNorm; lm_head.
+//
+// Kept for backward per layer: the two residual streams, qkv before norm and rotation, attention's output and
+// log-sum-exp, the MoE layer's input and H (layer.h). What is cheap to make again from these is not kept.
+#pragma once
+#include <memory>
+
+#include "llmc/adamw.h"
+#include "llmc/attention.h"
+#include "llmc/classifier.h"
+#include "llmc/embedding.h"
+#include "llmc/global_norm.h"
+#include "llmc/random.h"
+#include "moe/layer.h"
+
+struct RunOptions {
+  int64_t B = 16, T = 256;                 // sequences of a micro-batch, tokens of a sequence
+  int64_t micro_steps = 1;                 // micro-batches of a step
+  bool train = true, evaluate = true;
+  int64_t decode_positions = 0;            // length of the key/value cache; 0: no decoding
+  bool wide_gradients = true;              // gradients of matrices in Acc; else in Real
+  Dispatch dispatch = Dispatch::zero_buffer;
+  std::vector<Recompute> recompute;        // per layer; empty: act
+  bool separate_arena = false;
+  bool record_routing = false, replay_routing = false;
+  AdamWConfig adamw;
+  UpdateRules rules;
+
+  Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
+};
+
+template <class Device>
+class Model {
+ public:
+  using Real = typename Device::Real;
+  using Acc = typename Device::Acc;
+
+  // Plans everything; allocates nothing.
+  Model(Device& device, const ModelConfig& config, const RunOptions& options)
+      : config(config), options(options), device_(device), x_(device, plan) {
+    config.validate();
+    declare_parameters();
+    declare_state();
+    if (options.train) {
+      x_.begin(program_start), start_step_ops();
+      x_.begin(program_micro), micro_step_ops();
+      x_.begin(program_update), update_ops();
+    }
+    if (options.evaluate) x_.begin(program_evaluate), evaluate_ops();
+    if (options.decode_positions) x_.begin(program_decode), decode_ops();
+    plan.place();
+  }
+
+  const ModelConfig config;
+  const RunOptions options;
+  Plan plan;
+  ParameterTable<Device> table;
+
+  int64_t N() const { return options.B * options.T; }
+  const Arena<Device>& arena() const { return *arena_; }
+  Executor<Device>& executor() { return x_; }
+
+  // Allocates what was planned and fills the constants. Weights are zero until initialise() or a checkpoint sets them.
+  void allocate() {
+    arena_ = std::make_unique<Arena<Device>>(device_, plan, options.separate_arena);
+    x_.run_with(arena_.get());
+    device_.status = status_;
+    DeviceStatus no_fault;
+    device_.to_device(status_, &no_fault, sizeof no_fault);
+    std::vector<double> angles = rope_table(positions_held(), config.head_dim, config.rope_theta);
+    std::vector<Acc> table_values(angles.begin(), angles.end());
+    device_.to_device(rope_, table_values.data(), table_values.size() * sizeof(Acc));
+    std::vector<int32_t> positions(N());
+    for (int64_t n = 0; n < N(); ++n) positions[n] = int32_t(n % options.T);
+    device_.to_device(positions_, positions.data(), positions.size() * sizeof(int32_t));
+    if (options.train) {
+      auto views = table.views();
+      device_.to_device(views_, views.data(), views.size() * sizeof views[0]);
+      OutlierState none;
+      device_.to_device(outliers_, &none, sizeof none);
+    }
+  }
+
+  // Initial values: a function of (seed, logical name, logical index) alone.
+  void initialise(uint64_t seed) {
+    for (const Parameter& p : table.parameters()) {
+      std::vector<Acc> values(p.rows * p.cols);
+      double scale = p.init == Init::residual ? 0.02 / std::sqrt(2.0 * double(config.n_layer)) : 0.02;
+      uint64_t stream = hash_name(p.name);
+#pragma omp parallel for
+      for (int64_t i = 0; i < int64_t(values.size()); ++i)
+        values[i] = p.init == Init::zeros ? Acc(0) : p.init == Init::ones ? Acc(1) : Acc(scale * random_normal(seed, stream, i));
+      write_parameter(p, values.data());
+    }
+  }
+
+  // ---- parameters by logical rows (host memory, Acc, row-major (rows, cols)) ----
+  enum class State { weight, master, m, v, grad };
+
+  // Sets the weight, rounded to Real, and the master copy. The host form of a row is contiguous in its buffer.
+  void write_parameter(const Parameter& p, const Acc* values) {
+    const auto& b = table.buffer(p.buffer);
+    std::vector<Real> row(p.cols);
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const Acc* source = values + i * p.cols;
+      for (int64_t c = 0; c < p.cols; ++c) row[c] = Real(source[c]);
+      device_.to_device(b.weight.data() + p.map(i) * p.cols, row.data(), size_t(p.cols) * sizeof(Real));
+      if (b.master) device_.to_device(b.master.data() + p.map(i) * p.cols, source, size_t(p.cols) * sizeof(Acc));
+    }
+  }
+  void write_state(const Parameter& p, State which, const Acc* values) {
+    Acc* base = state_pointer(p, which);
+    for (int64_t i = 0; i < p.rows; ++i)
+      device_.to_device(base + p.map(i) * p.cols, values + i * p.cols, size_t(p.cols) * sizeof(Acc));
+  }
+  std::vector<Acc> read_parameter(const Parameter& p, State which = State::weight) {
+    std::vector<Acc> values(p.rows * p.cols);
+    const auto& b = table.buffer(p.buffer);
+    auto read = [&](const auto* base, bool add) {
+      std::vector<std::remove_cvref_t<decltype(*base)>> row(p.cols);
+      for (int64_t i = 0; i < p.rows; ++i) {
+        device_.to_host(row.data(), base + p.map(i) * p.cols, row.size() * sizeof row[0]);
+        for (int64_t c = 0; c < p.cols; ++c) values[i * p.cols + c] = Acc(row[c]) + (add ? values[i * p.cols + c] : Acc(0));
+      }
+    };
+    if (which == State::weight || (which == State::master && !b.master)) read(b.weight.data(), false);
+    else if (which == State::grad) {
+      Grad<Device>(b.grad).visit([&](auto* g) { read(g, false); });
+      if (b.second_grad.tensor()) read(b.second_grad.wide.data(), true);
+    } else {
+      read(state_pointer(p, which), false);
+    }
+    return values;
+  }
+  bool has_bias(int64_t layer) const { return bool(bias_[layer]); }
+  std::vector<Acc> read_bias(int64_t layer) {
+    std::vector<Acc> values(config.n_expert);
+    device_.to_host(values.data(), bias_[layer], values.size() * sizeof(Acc));
+    return values;
+  }
+  void write_bias(int64_t layer, const Acc* values) { device_.to_device(bias_[layer], values, size_t(config.n_expert) * sizeof(Acc)); }
+  OutlierState read_outliers() {
+    OutlierState s;
+    device_.to_host(&s, outliers_, sizeof s);
+    return s;
+  }
+  void write_outliers(const OutlierState& s) { device_.to_device(outliers_, &s, sizeof s); }
+
+  // ---- a step: set_params, start_step, (set_batch, micro_step) x micro_steps, update, then read ----
+  void set_params(const StepParams& p) { device_.to_device(params_, &p, sizeof p); }
+  void set_batch(const int32_t* tokens, const int32_t* targets) {
+    device_.to_device(tokens_, tokens, size_t(N()) * sizeof(int32_t));
+    device_.to_device(targets_, targets, size_t(N()) * sizeof(int32_t));
+  }
+  void start_step() { x_.begin(program_start), start_step_ops(); }
+  void micro_step() { x_.begin(program_micro), micro_step_ops(); }
+  void update() { x_.begin(program_update), update_ops(); }
+  // Cross-entropy of the batch that was set, times params.loss_scale, left in read_stats().loss.
+  void evaluate() { x_.begin(program_evaluate), evaluate_ops(); }
+  // Logits (V) of one token at one position, against the cache of the positions before it.
+  std::vector<float> decode(int32_t token, int32_t position) {
+    device_.to_device(decode_token_, &token, sizeof token);
+    device_.to_device(decode_position_, &position, sizeof position);
+    x_.begin(program_decode), decode_ops();
+    std::vector<Real> row(config.vocab_size);
+    device_.to_host(row.data(), decode_logits_, row.size() * sizeof(Real));
+    std::vector<float> logits(row.size());
+    for (size_t i = 0; i < row.size(); ++i) logits[i] = float(row[i]);
+    return logits;
+  }
+
+  StepStats read_stats() {
+    StepStats s;
+    device_.to_host(&s, stats_, sizeof s);
+    return s;
+  }
+  DeviceStatus read_status() {
+    DeviceStatus s;
+    device_.to_host(&s, status_, sizeof s);
+    return s;
+  }
+  // Selections of each expert in the last step, (E); empty for a dense layer.
+  std::vector<int32_t> read_load(int64_t layer) {
+    std::vector<int32_t> load(load_[layer] ? config.n_expert : 0);
+    if (!load.empty()) device_.to_host(load.data(), load_[layer], load.size() * sizeof(int32_t));
+    return load;
+  }
+  // top_k_index (N,K) of the last micro-step (record_routing), or the one to use in the next (replay_routing).
+  std::vector<int32_t> read_routing(int64_t layer) {
+    std::vector<int32_t> index(N() * config.top_k);
+    device_.to_host(index.data(), record_[layer], index.size() * sizeof(int32_t));
+    return index;
+  }
+  void set_replay(int64_t layer, const int32_t* index) { device_.to_device(replay_[layer], index, size_t(N() * config.top_k) * sizeof(int32_t)); }
+
+ private:
+  enum Program { program_start, program_micro, program_update, program_evaluate, program_decode };
+
+  struct LayerBuffers {
+    int norm1, qkv, o, q_norm = -1, k_norm = -1, norm2;
+    int router = -1, w13, w2, shared13 = -1, shared2 = -1;  // w13, w2: the experts, or the dense MLP
+  };
+  // What forward leaves for backward.
+  struct LayerSaved {
+    Tensor<Real> input;                    // (N,C) residual stream entering the layer
+    Tensor<Acc> rstd1, rstd2, qk_rstd;     // (N), (N), (N, NH+NKV)
+    Tensor<Real> qkv, o, middle, x;        // middle: residual after attention; x: normalised input of the MoE layer
+    Tensor<Acc> lse;                       // (N, NH)
+    MoeSaved<Device> moe;
+    MlpSaved<Device> mlp;
+  };
+  // One way through the network.
+  struct Pass {
+    int64_t B, T;
+    bool training, decoding;
+    Tensor<int32_t> tokens, positions;
+    int64_t N() const { return B * T; }
+  };
+
+  Tensor<Real> weight(int buffer) const { return buffer < 0 ? Tensor<Real>{} : table.buffer(buffer).weight; }
+  GradTensor<Device> grad(int buffer) const { return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad; }
+  Acc* state_pointer(const Parameter& p, State which) const {
+    const auto& b = table.buffer(p.buffer);
+    return which == State::master ? b.master : which == State::m ? b.m : b.v;
+  }
+  int64_t positions_held() const { return std::max(options.T, options.decode_positions); }
+  int64_t classifier_chunk(int64_t N) const {
+    int64_t rows = (int64_t(64) << 20) / (config.padded_vocab() * int64_t(sizeof(Real)));
+    return std::min(N, std::max<int64_t>(256, rows / 64 * 64));
+  }
+
+  void declare_parameters() {
+    const ModelConfig& c = config;
+    int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert;
+    bool train = options.train, wide = options.wide_gradients;
+    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, Shard shard, int layer, int buffer, RowMap map) {
+      table.add({name, rows, cols, false, init, true, shard, layer, buffer, map, 0});
+    };
+    auto vector = [&](const std::string& name, int64_t cols, int layer) {
+      int buffer = table.add_buffer(plan, name, 1, cols, train, true);
+      table.add({name, 1, cols, true, Init::ones, false, Shard::replicated, layer, buffer, {}, 0});
+      return buffer;
+    };
+    // An MLP of `experts` experts of width F; `prefix(e)` names expert e.
+    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, Shard shard13, Shard shard2, auto prefix, int& w13, int& w2) {
+      w13 = table.add_buffer(plan, name + ".w13", experts * 2 * F, C, train, wide);
+      w2 = table.add_buffer(plan, name + ".w2", experts * C, F, train, wide);
+      for (int64_t e = 0; e < experts; ++e) {
+        matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, shard13, layer, w13, {e * 2 * F + w13_row(0, false), 8, 16});
+        matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, shard13, layer, w13, {e * 2 * F + w13_row(0, true), 8, 16});
+        matrix(prefix(e) + "down_proj.weight", C, F, Init::residual, shard2, layer, w2, {e * C, 1, 1});
+      }
+    };
+
+    embedding_ = table.add_buffer(plan, "model.embed_tokens.weight", c.padded_vocab(), C, train, wide, c.tied);
+    matrix("model.embed_tokens.weight", c.vocab_size, C, Init::normal, Shard::rows, -1, embedding_, {});
+    for (int l = 0; l < c.n_layer; ++l) {
+      LayerBuffers b;
+      std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.", moe = layer + "mlp.";
+      plan.set_place(l, "attention");
+      b.norm1 = vector(layer + "input_layernorm.weight", C, l);
+      b.qkv = table.add_buffer(plan, attention + "qkv", c.heads().qkv_width(), C, train, wide);
+      int64_t q = c.n_head * HD, kv = c.n_kv_head * HD;
+      matrix(attention + "q_proj.weight", q, C, Init::normal, Shard::rows, l, b.qkv, {0, 1, 1});
+      matrix(attention + "k_proj.weight", kv, C, Init::normal, Shard::rows, l, b.qkv, {q, 1, 1});
+      matrix(attention + "v_proj.weight", kv, C, Init::normal, Shard::rows, l, b.qkv, {q + kv, 1, 1});
+      b.o = table.add_buffer(plan, attention + "o_proj.weight", C, q, train, wide);
+      matrix(attention + "o_proj.weight", C, q, Init::residual, Shard::columns, l, b.o, {});
+      if (c.qk_norm) {
+        b.q_norm = vector(attention + "q_norm.weight", HD, l);
+        b.k_norm = vector(attention + "k_norm.weight", HD, l);
+      }
+      plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
+      b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
+      if (c.is_dense(l)) {
+        mlp(moe + "dense", 1, c.d_dense, l, Shard::rows, Shard::columns, [&](int64_t) { return moe; }, b.w13, b.w2);
+      } else {
+        b.router = table.add_buffer(plan, moe + "gate.weight", E, C, train, true);
+        matrix(moe + "gate.weight", E, C, Init::normal, Shard::replicated, l, b.router, {});
+        mlp(moe + "experts", E, c.d_expert, l, Shard::expert, Shard::expert,
+            [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; }, b.w13, b.w2);
+        if (c.d_shared)
+          mlp(moe + "shared", 1, c.d_shared, l, Shard::rows, Shard::columns, [&](int64_t) { return moe + "shared_expert."; },
+              b.shared13, b.shared2);
+      }
+      layers_.push_back(b);
+    }
+    plan.set_place(-1, "");
+    norm_ = vector("model.norm.weight", C, -1);
+    head_ = embedding_;
+    if (!c.tied) {
+      head_ = table.add_buffer(plan, "lm_head.weight", c.padded_vocab(), C, train, true);
+      matrix("lm_head.weight", c.vocab_size, C, Init::normal, Shard::rows, -1, head_, {});
+    }
+  }
+
+  void declare_state() {
+    const ModelConfig& c = config;
+    auto bytes = [&]<class T>(Tensor<T>& t, const char* name, int64_t n) {
+      t = plan.template persistent<T>(name, {n * int64_t(sizeof(T))}, Category::workspace);
+    };
+    bytes(status_, "status", 1), bytes(params_, "params", 1), bytes(stats_, "stats", 1);
+    tokens_ = plan.template persistent<int32_t>("tokens", {N()}, Category::workspace);
+    targets_ = plan.template persistent<int32_t>("targets", {N()}, Category::workspace);
+    positions_ = plan.template persistent<int32_t>("positions", {N()}, Category::workspace);
+    rope_ = plan.template persistent<Acc>("rope", {positions_held(), c.head_dim}, Category::workspace);
+    load_.resize(c.n_layer), bias_.resize(c.n_layer), replay_.resize(c.n_layer), record_.resize(c.n_layer);
+    k_cache_.resize(c.n_layer), v_cache_.resize(c.n_layer);
+    for (int l = 0; l < c.n_layer; ++l) {
+      plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
+      if (!c.is_dense(l)) {
+        load_[l] = plan.template persistent<int32_t>("load", {c.n_expert}, Category::workspace);
+        if (c.gate == Gate::sigmoid) bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
+        if (options.replay_routing) replay_[l] = plan.template persistent<int32_t>("replay", {N(), c.top_k}, Category::workspace);
+        if (options.record_routing) record_[l] = plan.template persistent<int32_t>("record", {N(), c.top_k}, Category::workspace);
+      }
+      if (options.decode_positions) {
+        plan.set_place(l, "attention");
+        k_cache_[l] = plan.template persistent<Real>("k_cache", {options.decode_positions, c.n_kv_head * c.head_dim}, Category::workspace);
+        v_cache_[l] = plan.template persistent<Real>("v_cache", {options.decode_positions, c.n_kv_head * c.head_dim}, Category::workspace);
+      }
+    }
+    plan.set_place(-1, "");
+    if (options.train) {
+      bytes(outliers_, "outliers", 1), bytes(views_, "views", int64_t(table.parameters().size()));
+      partials_ = plan.template persistent<Acc>("norm partials", {table.partials()}, Category::workspace);
+    }
+    if (options.decode_positions) {
+      decode_token_ = plan.template persistent<int32_t>("decode token", {1}, Category::workspace);
+      decode_position_ = plan.template persistent<int32_t>("decode position", {1}, Category::workspace);
+      decode_logits_ = plan.template persistent<Real>("decode logits", {c.padded_vocab()}, Category::workspace);
+    }
+  }
+
+  // ---- the network ----
+  MoeLayer<Device> moe_layer(int l, const Pass& pass) {
+    const LayerBuffers& b = layers_[l];
+    bool full = !pass.decoding;
+    return {x_, config.router(pass.B, pass.T), config.experts(pass.N()), config.capacity(pass.N()), options.policy(l), options.dispatch,
+            weight(b.router), grad(b.router), bias_[l], {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
+            {weight(b.shared13), weight(b.shared2), grad(b.shared13), grad(b.shared2)}, config.d_shared,
+            load_[l], full && pass.training ? replay_[l] : Tensor<int32_t>{}, full && pass.training ? record_[l] : Tensor<int32_t>{}, stats_, params_};
+  }
+  DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
+    const LayerBuffers& b = layers_[l];
+    return {x_, {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)}, pass.N(), config.d_model, config.d_dense, options.policy(l)};
+  }
+  Tensor<char> product_scratch(int64_t N, int64_t IC, int64_t OC) {
+    return x_.template tensor<char>("matmul.scratch", {int64_t(matmul_scratch_bytes<Device>(N, IC, OC))});
+  }
+  // qkv -> rotated queries and keys (N, (NH+NKV)*HD)
+  Tensor<Real> rotate(int l, const Pass& pass, LayerSaved& s) {
+    auto qk = x_.template tensor<Real>("qk", {pass.N(), config.heads().qk_width()});
+    x_.op("qk-norm, rope", qknorm_rope_forward<Device>, qk, s.qk_rstd, s.qkv, weight(layers_[l].q_norm), weight(layers_[l].k_norm), rope_, pass.positions, pass.N(), config.heads(), config.rms_norm_eps);
+    return qk;
+  }
+
+  // Returns the residual stream after layer l. keep: backward reads s. recomputing: backward is making s again from
+  // s.input (policy block); the output is not needed then.
+  Tensor<Real> layer_forward(int l, const Pass& pass, LayerSaved& s, bool keep, bool recomputing) {
+    const LayerBuffers& b = layers_[l];
+    int64_t N = pass.N(), C = config.d_model;
+    HeadShape heads = config.heads();
+    Category saved = keep ? Category::saved : Category::workspace;
+    plan.set_place(l, "attention");
+    auto normed = x_.template tensor<Real>("norm1", {N, C});
+    s.rstd1 = x_.template tensor<Acc>("rstd1", {N}, saved);
+    x_.op("norm 1", rmsnorm_forward<Device>, normed, s.rstd1, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
+    s.qkv = x_.template tensor<Real>("qkv", {N, heads.qkv_width()}, saved);
+    x_.op("qkv", matmul_forward<Device>, s.qkv, product_scratch(N, C, heads.qkv_width()), normed, weight(b.qkv), N, C, heads.qkv_width());
+    if (config.qk_norm) s.qk_rstd = x_.template tensor<Acc>("qk_rstd", {N, heads.n_head + heads.n_kv_head}, saved);
+    auto qk = rotate(l, pass, s);
+    s.o = x_.template tensor<Real>("o", {N, heads.q_width()}, saved);
+    if (pass.decoding) {
+      auto scratch = x_.template tensor<char>("attention.scratch", {int64_t(attention_decode_scratch_bytes<Device>(options.decode_positions, heads.head_dim))});
+      x_.op("attention", attention_decode<Device>, s.o, k_cache_[l], v_cache_[l], scratch, qk, s.qkv, pass.positions, N, options.decode_positions, heads);
+    } else {
+      s.lse = x_.template tensor<Acc>("attention.lse", {N, heads.n_head}, saved);
+      auto scratch = x_.template tensor<char>("attention.scratch", {int64_t(attention_scratch_bytes<Device>(pass.B, pass.T, heads))});
+      x_.op("attention", attention_forward<Device>, s.o, s.lse, scratch, qk, s.qkv, pass.B, pass.T, heads);
+    }
+    auto projected = x_.template tensor<Real>("projected", {N, C});
+    x_.op("attention out", matmul_forward<Device>, projected, product_scratch(N, heads.q_width(), C), s.o, weight(b.o), N, heads.q_width(), C);
+    s.middle = x_.template tensor<Real>("middle", {N, C}, saved);
+
+    plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
+    s.x = x_.template tensor<Real>("x", {N, C}, saved);
+    plan.set_place(l, "attention");
+    s.rstd2 = x_.template tensor<Acc>("rstd2", {N}, saved);
+    x_.op("norm 2", residual_rmsnorm_forward<Device>, s.middle, s.x, s.rstd2, s.input, projected, weight(b.norm2), N, C, config.rms_norm_eps);
+
+    plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
+    Category out_category = pass.training ? Category::saved : Category::workspace;
+    if (!config.is_dense(l)) {
+      return moe_layer(l, pass).forward(s.moe, s.x, s.middle, keep, out_category, recomputing);
+    }
+    auto y = dense_mlp(l, pass).forward(s.mlp, s.x, saved, recomputing);
+    if (recomputing) return {};
+    plan.set_place(l, "attention");
+    auto out = x_.template tensor<Real>("residual", {N, C}, out_category);
+    x_.op("mlp add", residual_add<Device>, out, s.middle, y, N * C);
+    return out;
+  }
+
+  // dres (N,C) enters as the gradient of the layer's output and leaves as that of its input.
+  void layer_backward(int l, const Pass& pass, LayerSaved& s, Tensor<Real> dres) {
+    const LayerBuffers& b = layers_[l];
+    int64_t N = pass.N(), C = config.d_model;
+    HeadShape heads = config.heads();
+    if (options.policy(l) == Recompute::block) layer_forward(l, pass, s, false, true);
+
+    plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
+    auto dx = config.is_dense(l) ? dense_mlp(l, pass).backward(s.mlp, s.x, dres) : moe_layer(l, pass).backward(s.moe, s.x, dres);
+    norm_backward("norm 2 backward", dres, b.norm2, dx, dres, s.middle, s.rstd2, N);
+
+    plan.set_place(l, "attention");
+    auto d_o = x_.template tensor<Real>("do", {N, heads.q_width()});
+    auto scratch = product_scratch(N, heads.q_width(), C);
+    x_.op("attention out dW", matmul_backward_weight<Device>, grad(b.o), scratch, dres, s.o, N, heads.q_width(), C);
+    x_.op("attention out dX", matmul_backward_input<Device>, d_o, scratch, dres, weight(b.o), N, heads.q_width(), C);
+    auto qk = rotate(l, pass, s);
+    auto dqkv = x_.template tensor<Real>("dqkv", {N, heads.qkv_width()});
+    auto attention_scratch = x_.template tensor<char>("attention.scratch", {int64_t(attention_scratch_bytes<Device>(pass.B, pass.T, heads))});
+    x_.op("attention backward", attention_backward<Device>, dqkv, attention_scratch, d_o, s.o, s.lse, qk, s.qkv, pass.B, pass.T, heads);
+    auto rope_scratch = x_.template tensor<char>("rope.scratch", {int64_t(qknorm_rope_backward_scratch_bytes<Device>(N, heads))});
+    x_.op("qk-norm, rope backward", qknorm_rope_backward<Device>, dqkv, grad(b.q_norm), grad(b.k_norm), rope_scratch, s.qkv, s.qk_rstd, weight(b.q_norm), weight(b.k_norm), rope_, pass.positions, N, heads);
+    auto normed = x_.template tensor<Real>("norm1", {N, C});
+    auto rstd = x_.template tensor<Acc>("rstd1", {N});
+    x_.op("norm 1 again", rmsnorm_forward<Device>, normed, rstd, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
+    scratch = product_scratch(N, C, heads.qkv_width());
+    x_.op("qkv dW", matmul_backward_weight<Device>, grad(b.qkv), scratch, dqkv, normed, N, C, heads.qkv_width());
+    auto dnormed = x_.template tensor<Real>("dnorm1", {N, C});
+    x_.op("qkv dX", matmul_backward_input<Device>, dnormed, scratch, dqkv, weight(b.qkv), N, C, heads.qkv_width());
+    norm_backward("norm 1 backward", dres, b.norm1, dnormed, dres, s.input, s.rstd1, N);
+  }
+
+  void norm_backward(const char* name, Tensor<Real> dx, int buffer, Tensor<Real> dout, Tensor<Real> dresidual, Tensor<Real> input,
+                     Tensor<Acc> rstd, int64_t N) {
+    auto scratch = x_.template tensor<char>("norm.scratch", {int64_t(rmsnorm_backward_scratch_bytes<Device>(N, config.d_model))});
+    x_.op(name, rmsnorm_backward<Device>, dx, grad(buffer), scratch, dout, dresidual, input, weight(buffer), rstd, N, config.d_model);
+  }
+
+  // Embedding and all layers; returns the residual stream after the last.
+  Tensor<Real> trunk(const Pass& pass, std::vector<LayerSaved>& saved) {
+    int64_t N = pass.N(), C = config.d_model;
+    plan.set_place(-1, "");
+    auto residual = x_.template tensor<Real>("residual", {N, C}, pass.training ? Category::saved : Category::workspace);
+    x_.op("embedding", embedding_forward<Device>, residual, pass.tokens, weight(embedding_), N, C, config.vocab_size);
+    saved.resize(config.n_layer);
+    for (int l = 0; l < config.n_layer; ++l) {
+      saved[l].input = residual;
+      residual = layer_forward(l, pass, saved[l], pass.training && options.policy(l) != Recompute::block, false);
+    }
+    plan.set_place(-1, "");
+    return residual;
+  }
+
+  // Final norm, head and cross-entropy. Training: returns the gradient of the residual stream.
+  Tensor<Real> head(const Pass& pass, Tensor<Real> residual) {
+    int64_t N = pass.N(), C = config.d_model, chunk = classifier_chunk(N);
+    auto normed = x_.template tensor<Real>("final norm", {N, C});
+    auto rstd = x_.template tensor<Acc>("final rstd", {N});
+    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(norm_), N, C, config.rms_norm_eps);
+    auto losses = x_.template tensor<Acc>("losses", {N});
+    auto scratch = x_.template tensor<char>("classifier.scratch", {int64_t(classifier_scratch_bytes<Device>(C, config.padded_vocab(), chunk))});
+    Tensor<Real> dnormed;
+    Tensor<Acc> dweight, dhead;
+    if (pass.training) {
+      dnormed = x_.template tensor<Real>("d final norm", {N, C});
+      const auto& b = table.buffer(head_);
+      dhead = dweight = config.tied ? b.second_grad.wide : b.grad.wide;
+      if (options.micro_steps > 1) {  // a micro-batch's contribution is finished before it is added
+        dweight = x_.template tensor<Acc>("head gradient", {config.padded_vocab(), C});
+        x_.op("zero head gradient", zero, dweight, int64_t(config.padded_vocab() * C * sizeof(Acc)));
+      }
+    }
+    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(head_), targets_, params_, N, C,
+          config.vocab_size, config.padded_vocab(), chunk);
+    x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
+    if (!pass.training) return {};
+    if (dweight.info != dhead.info) x_.op("add head gradient", add_gradient, dhead, dweight, config.padded_vocab() * C);
+    auto dres = x_.template tensor<Real>("d residual", {N, C});
+    norm_backward("final norm backward", dres, norm_, dnormed, {}, residual, rstd, N);
+    return dres;
+  }
+
+  // ---- the programs ----
+  void start_step_ops() {
+    for (const auto& b : table.buffers())
+      for (TensorInfo* g : {b.grad.tensor(), b.second_grad.tensor()})
+        if (g) x_.op("zero gradients", zero, Tensor<char>{g}, int64_t(g->bytes));
+    for (const auto& load : load_)
+      if (load) x_.op("zero load", zero, load, int64_t(config.n_expert * sizeof(int32_t)));
+    x_.op("zero stats", reset_stats, stats_);
+  }
+
+  void micro_step_ops() {
+    Pass pass{options.B, options.T, true, false, tokens_, positions_};
+    std::vector<LayerSaved> saved;
+    auto residual = trunk(pass, saved);
+    auto dres = head(pass, residual);
+    for (int l = int(config.n_layer) - 1; l >= 0; --l) layer_backward(l, pass, saved[l], dres);
+    plan.set_place(-1, "");
+    auto scratch = x_.template tensor<char>("embedding.scratch", {int64_t(embedding_backward_scratch_bytes<Device>(N(), config.d_model, config.vocab_size))});
+    x_.op("embedding backward", embedding_backward<Device>, grad(embedding_), scratch, tokens_, dres, N(), config.d_model, config.vocab_size);
+  }
+
+  void update_ops() {
+    int64_t n = int64_t(table.parameters().size());
+    x_.op("global norm", global_norm_partials<Device>, partials_, views_, n);
+    x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, views_, n, table.partials(), options.rules);
+    x_.op("adamw", adamw<Device>, views_, params_, stats_, n, options.adamw);
+    if (config.balance == Balance::bias)
+      for (int l = 0; l < config.n_layer; ++l)
+        if (bias_[l]) x_.op("router bias", router_bias_update<Device>, bias_[l], load_[l], stats_, config.bias_rate, config.n_expert);
+  }
+
+  void evaluate_ops() {
+    Pass pass{options.B, options.T, false, false, tokens_, positions_};
+    x_.op("zero stats", reset_stats, stats_);
+    std::vector<LayerSaved> saved;
+    head(pass, trunk(pass, saved));
+  }
+
+  void decode_ops() {
+    Pass pass{1, 1, false, true, decode_token_, decode_position_};
+    int64_t C = config.d_model, Vp = config.padded_vocab();
+    std::vector<LayerSaved> saved;
+    auto residual = trunk(pass, saved);
+    auto normed = x_.template tensor<Real>("final norm", {1, C});
+    auto rstd = x_.template tensor<Acc>("final rstd", {1});
+    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(norm_), 1, C, config.rms_norm_eps);
+    x_.op("head", matmul_forward<Device>, decode_logits_, product_scratch(1, C, Vp), normed, weight(head_), 1, C, Vp);
+  }
+
+  static void zero(Device& dev, void* p, int64_t bytes) { dev.zero(p, size_t(bytes)); }
+  static void reset_stats(Device& dev, StepStats* stats) {
+    StepStats fresh;
+    dev.to_device(stats, &fresh, sizeof fresh);
+  }
+  static void add_gradient(Device&, Acc* to, const Acc* from, int64_t n) { add_to_gradient(Grad<Device>{to, true}, 0, from, n); }
+
+  Device& device_;
+  Executor<Device> x_;
+  std::unique_ptr<Arena<Device>> arena_;
+  int embedding_ = -1, norm_ = -1, head_ = -1;
+  std::vector<LayerBuffers> layers_;
+  Tensor<DeviceStatus> status_;
+  Tensor<StepParams> params_;
+  Tensor<StepStats> stats_;
+  Tensor<OutlierState> outliers_;
+  Tensor<ParameterView<Device>> views_;
+  Tensor<Acc> partials_, rope_;
+  Tensor<int32_t> tokens_, targets_, positions_, decode_token_, decode_position_;
+  Tensor<Real> decode_logits_;
+  std::vector<Tensor<int32_t>> load_, replay_, record_;
+  std::vector<Tensor<Acc>> bias_;
+  std::vector<Tensor<Real>> k_cache_, v_cache_;
+};
