@@ -1,0 +1,232 @@
+// The only file that includes CLI11, which compiles slowly.
+#include "moe/options.h"
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <cstdlib>
+
+namespace {
+
+struct Names {  // options whose values are names, parsed after CLI11 is done
+  std::string gate = "softmax", balance = "aux", scope = "microbatch";
+};
+
+// Declares every option on `app`, bound to o and names, with what they hold as defaults. Returns the options that fix
+// the model.
+std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
+  std::vector<CLI::Option*> model;
+  ModelConfig& m = o.model;
+  app.set_config("--config", "", "read options from a TOML or INI file (the same names without --; the command line wins)");
+  app.allow_config_extras(CLI::config_extras_mode::error);
+  app.option_defaults()->always_capture_default();
+  auto group = [&](const char* name) { app.option_defaults()->group(name); };
+  auto fixes_model = [&](CLI::Option* option) { model.push_back(option); return option; };
+
+  group("What to do (default: train)");
+  app.add_flag("--memory-report", o.memory_report, "print the memory plan before anything is allocated");
+  app.add_flag("--dry-run", o.dry_run, "stop after the checks and the report");
+  app.add_flag("--generate", o.generate, "continue --prompt with the model in --checkpoint");
+  app.add_option("--export", o.export_format, "hf: write --checkpoint to --out as a Hugging Face model directory");
+
+  group("Model");
+  fixes_model(app.add_option("--preset", o.preset, "tiny, gpt124-8x2, olmoe-1b-7b-size, qwen3-30b-a3b, mixtral-8x7b; each dimension below overrides it"));
+  fixes_model(app.add_option("--n-layer", m.n_layer, "layers"));
+  fixes_model(app.add_option("--d-model", m.d_model, "model width"));
+  fixes_model(app.add_option("--n-head", m.n_head, "query heads"));
+  fixes_model(app.add_option("--n-kv-head", m.n_kv_head, "key/value heads"));
+  fixes_model(app.add_option("--head-dim", m.head_dim, "head size"));
+  fixes_model(app.add_option("--vocab-size", m.vocab_size, "ids of the tokenizer"));
+  fixes_model(app.add_option("--n-expert", m.n_expert, "experts of a layer"));
+  fixes_model(app.add_option("--top-k", m.top_k, "experts of a token"));
+  fixes_model(app.add_option("--d-expert", m.d_expert, "hidden width of an expert"));
+  fixes_model(app.add_option("--d-shared", m.d_shared, "hidden width of the shared expert; 0: none"));
+  fixes_model(app.add_option("--dense-layers", m.dense_layers, "layers (from 0) with a dense MLP instead of experts, e.g. 0,1")->delimiter(','));
+  fixes_model(app.add_option("--d-dense", m.d_dense, "hidden width of dense layers"));
+  fixes_model(app.add_option("--qk-norm", m.qk_norm, "RMSNorm on each query and key head"));
+  fixes_model(app.add_option("--tied", m.tied, "embedding and head share one matrix"));
+  fixes_model(app.add_option("--rope-theta", m.rope_theta, "base of the rotary frequencies"));
+  fixes_model(app.add_option("--rms-norm-eps", m.rms_norm_eps, "epsilon of the norms"));
+
+  group("Router and balance");
+  fixes_model(app.add_option("--gate", names.gate, "softmax or sigmoid"));
+  fixes_model(app.add_option("--norm-topk-prob", m.norm_topk_prob, "renormalise the gates over the chosen experts"));
+  fixes_model(app.add_option("--route-scale", m.route_scale, "factor on sigmoid gates"));
+  fixes_model(app.add_option("--capacity-factor", m.capacity_factor, "an expert keeps ceil(c*N*K/E) rows of a micro-batch; 0: dropless"));
+  app.add_option("--balance", names.balance, "aux (loss), bias (selection bias, sigmoid only) or none");
+  app.add_option("--balance-scope", names.scope, "statistics over the microbatch or over each sequence");
+  app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)");
+  app.add_option("--z-coef", m.z_coef, "coefficient of the router z-loss");
+  app.add_option("--bias-rate", m.bias_rate, "step of the selection bias");
+
+  group("Data");
+  app.add_option("--train-data", o.train_data, "token shards (.bin), a file or a glob");
+  app.add_option("--val-data", o.val_data, "token shards for validation; empty: none");
+  app.add_option("--tokenizer-ranks", o.tokenizer_ranks, "GPT-2 ranks, for models on GPT-2 tokens (data/get_gpt2_ranks.sh)");
+  app.add_option("--batch-size", o.batch_size, "sequences of a micro-batch");
+  app.add_option("--seq-len", o.seq_len, "tokens of a sequence");
+  app.add_option("--total-batch-tokens", o.total_batch_tokens, "tokens of a step, by accumulation; 0: batch-size * seq-len");
+  app.add_flag("--overfit-one-batch", o.overfit_one_batch, "train on the first batch again and again");
+
+  group("Training");
+  app.add_option("--steps", o.steps, "length of the schedule; 0: from --epochs");
+  app.add_option("--epochs", o.epochs, "passes over the training data, where --steps is 0");
+  app.add_option("--stop-after", o.stop_after, "end the run at this step without changing the schedule; 0: off");
+  app.add_option("--lr", o.schedule.peak, "peak learning rate");
+  app.add_option("--schedule", o.schedule_name, "cosine, linear, constant or wsd");
+  app.add_option("--warmup-steps", o.schedule.warmup_steps, "steps of linear warm-up");
+  app.add_option("--final-lr-fraction", o.schedule.final_fraction, "learning rate at the end, as a fraction of --lr");
+  app.add_option("--wsd-decay-fraction", o.schedule.wsd_decay_fraction, "wsd: part of the steps in which the rate falls");
+  app.add_option("--beta1", o.adamw.beta1, "AdamW");
+  app.add_option("--beta2", o.adamw.beta2, "AdamW");
+  app.add_option("--adam-eps", o.adamw.eps, "AdamW");
+  app.add_option("--weight-decay", o.adamw.weight_decay, "AdamW, on matrices only");
+  app.add_option("--clip", o.rules.clip_norm, "largest norm of the gradient; 0: no clipping");
+  app.add_option("--skip-loss-z", o.rules.skip_loss_z, "skip updates whose loss is more standard deviations above the last 128; 0: never");
+  app.add_option("--skip-norm-z", o.rules.skip_norm_z, "the same for the gradient norm");
+  app.add_option("--seed", o.seed, "of initial weights, order of samples and generation");
+  app.add_option("--device", o.device, "auto, cpu or cuda");
+  app.add_option("--dtype", o.dtype, "bf16, fp32 or fp64; default fp32 on cpu, bf16 on cuda");
+  app.add_option("--grad-dtype", o.grad_dtype, "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch, fp32 otherwise");
+
+  group("Evaluation, sampling, checkpoints");
+  app.add_option("--eval-every", o.eval_every, "evaluate all validation data every n steps; 0: only at the end");
+  app.add_option("--sample-every", o.sample_every, "print a sample every n steps; 0: never");
+  app.add_option("--checkpoint-every", o.checkpoint_every, "save every n steps; 0: only at the end");
+  app.add_option("--keep", o.keep, "newest checkpoints that stay; 0: all");
+  app.add_option("--out", o.out, "directory of logs and checkpoints");
+  app.add_flag("--resume", o.resume, "go on from the newest checkpoint in --out");
+  app.add_option("--init-from", o.init_from, "start from the weights of this checkpoint or Hugging Face directory");
+
+  group("Memory");
+  app.add_option("--recompute", o.recompute, "none, act, up, block, or auto (the cheapest that fits --memory-budget)");
+  app.add_option("--memory-budget", o.memory_budget, "GiB the plan may take; 0: what the machine has free");
+  app.add_option("--dispatch", o.dispatch, "zero_buffer, or materialized (for comparison)");
+  app.add_option("--arena", o.arena, "planned, or separate (every tensor its own allocation, poisoned after its last use)");
+
+  group("Routing traces");
+  app.add_option("--record-routing", o.record_routing, "write every top_k_index of the run to FILE");
+  app.add_option("--replay-routing", o.replay_routing, "use the choices in FILE instead of the top-k");
+
+  group("Generation");
+  app.add_option("--checkpoint", o.checkpoint, "checkpoint or Hugging Face directory to load");
+  app.add_option("--prompt", o.prompt, "text to continue");
+  app.add_option("--max-new-tokens", o.max_new_tokens, "tokens to generate");
+  app.add_option("--context", o.context, "tokens the model looks back at most; 0: the sequence length of its training");
+  app.add_option("--temperature", o.sampler.temperature, "0: always the most probable token");
+  app.add_option("--top-k-sampling", o.sampler.top_k, "sample among the k most probable; 0: all");
+  app.add_option("--top-p", o.sampler.top_p, "sample among the most probable that sum to p");
+
+  group("Processes");
+  app.add_option("--dp", o.dp, "data parallel ranks");
+  app.add_option("--ep", o.ep, "expert parallel ranks");
+  app.add_option("--etp", o.etp, "tensor parallel ranks of an expert");
+  app.add_option("--tp", o.tp, "tensor parallel ranks");
+  app.add_option("--pp", o.pp, "pipeline stages");
+
+  group("Debugging");
+  app.add_flag("--plain-matmul", o.plain_matmul, "cpu: plain loops instead of the matmul library");
+  return model;
+}
+
+// Parses argv into o; returns which model-fixing options were given.
+std::vector<std::string> parse(int argc, char** argv, Options& o, Names& names) {
+  CLI::App app("gpt-moe: trains a GPT with mixture-of-experts layers", "train_gpt_moe");
+  std::vector<CLI::Option*> model = declare(app, o, names);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    std::fputs(app.help().c_str(), stdout);
+    std::exit(0);
+  } catch (const CLI::ParseError& e) {
+    std::string line = e.what();
+    for (char& c : line)
+      if (c == '\n') c = ' ';
+    fail(line, " (see --help)");
+  }
+  std::vector<std::string> given;
+  for (CLI::Option* option : model)
+    if (option->count() > 0) given.push_back(option->get_name());
+  return given;
+}
+
+void check_choice(const char* option, const std::string& value, std::initializer_list<const char*> choices) {
+  std::string all;
+  for (const char* c : choices) {
+    if (value == c) return;
+    all += std::string(all.empty() ? "" : ", ") + (*c ? c : "nothing");
+  }
+  fail(option, " '", value, "' is not one of ", all);
+}
+
+// Defaults of a preset beyond the model itself.
+void apply_preset(Options& o) {
+  o.model = preset(o.preset);
+  o.schedule.peak = 3e-4;
+  o.schedule.warmup_steps = 100;
+  o.schedule.final_fraction = 0.1;
+  if (o.preset == "tiny") {
+    o.schedule.peak = 3e-3;
+  } else {
+    o.batch_size = 8, o.seq_len = 1024;
+    o.train_data = o.val_data = "";
+  }
+}
+}  // namespace
+
+Options parse_options(int argc, char** argv) {
+  // Twice: the first pass finds the preset, whose values are the defaults of the second.
+  Options first;
+  Names ignored;
+  parse(argc, argv, first, ignored);
+  Options o;
+  Names names;
+  o.preset = first.preset;
+  apply_preset(o);
+  names.gate = name_of(o.model.gate), names.balance = name_of(o.model.balance), names.scope = name_of(o.model.balance_scope);
+  o.model_options_given = parse(argc, argv, o, names);
+
+  o.model.gate = parse_gate(names.gate), o.model.balance = parse_balance(names.balance);
+  o.model.balance_scope = parse_balance_scope(names.scope);
+  o.model.validate();
+  auto positive = [](const char* option, int64_t v) {
+    if (v <= 0 || v > (int64_t(1) << 40)) fail(option, " must be positive, not ", v);
+  };
+  auto not_negative = [](const char* option, int64_t v) {
+    if (v < 0) fail(option, " must not be negative, not ", v);
+  };
+  positive("--batch-size", o.batch_size), positive("--seq-len", o.seq_len);
+  if (o.batch_size * o.seq_len * o.model.top_k >= (int64_t(1) << 31))
+    fail("--batch-size ", o.batch_size, " x --seq-len ", o.seq_len, " x --top-k ", o.model.top_k, " rows pass 2^31; use smaller micro-batches (--total-batch-tokens accumulates)");
+  not_negative("--total-batch-tokens", o.total_batch_tokens), not_negative("--steps", o.steps), not_negative("--stop-after", o.stop_after);
+  not_negative("--eval-every", o.eval_every), not_negative("--sample-every", o.sample_every);
+  not_negative("--checkpoint-every", o.checkpoint_every), not_negative("--keep", o.keep), not_negative("--context", o.context);
+  positive("--max-new-tokens", o.max_new_tokens);
+  if (o.total_batch_tokens == 0) o.total_batch_tokens = o.batch_size * o.seq_len;
+  if (o.total_batch_tokens % (o.batch_size * o.seq_len))
+    fail("--total-batch-tokens ", o.total_batch_tokens, " is not a multiple of --batch-size ", o.batch_size, " x --seq-len ", o.seq_len);
+  if (!(o.epochs > 0)) fail("--epochs must be positive, not ", o.epochs);
+  if (!(o.memory_budget >= 0)) fail("--memory-budget must not be negative");
+  if (!(o.adamw.beta1 >= 0 && o.adamw.beta1 < 1 && o.adamw.beta2 >= 0 && o.adamw.beta2 < 1)) fail("--beta1 and --beta2 must be in [0, 1)");
+  if (!(o.adamw.eps > 0) || !(o.adamw.weight_decay >= 0)) fail("--adam-eps must be positive and --weight-decay not negative");
+  if (!(o.rules.clip_norm >= 0 && o.rules.skip_loss_z >= 0 && o.rules.skip_norm_z >= 0)) fail("--clip, --skip-loss-z and --skip-norm-z must not be negative");
+  o.schedule.kind = parse_schedule_kind(o.schedule_name);
+  check_sampler(o.sampler);
+  check_choice("--device", o.device, {"auto", "cpu", "cuda"});
+  check_choice("--dtype", o.dtype, {"", "bf16", "fp32", "fp64"});
+  check_choice("--grad-dtype", o.grad_dtype, {"", "bf16", "fp32"});
+  check_choice("--recompute", o.recompute, {"none", "act", "up", "block", "auto"});
+  check_choice("--dispatch", o.dispatch, {"zero_buffer", "materialized"});
+  check_choice("--arena", o.arena, {"planned", "separate"});
+  check_choice("--export", o.export_format, {"", "hf"});
+  if (o.dtype.empty()) o.dtype = "fp32";
+  if (o.device == "cuda") fail("--device cuda: this binary was built without CUDA; use --device cpu");
+  if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)
+    fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(), " micro-batches a step use fp32");
+  const std::pair<const char*, int64_t> processes[] = {{"--dp", o.dp}, {"--ep", o.ep}, {"--etp", o.etp}, {"--tp", o.tp}, {"--pp", o.pp}};
+  for (auto [option, n] : processes)
+    if (n != 1) fail(option, " ", n, ": this build runs as a single process; only 1 is possible");
+  if (o.resume && !o.init_from.empty()) fail("--resume and --init-from exclude each other: the first goes on with --out, the second starts anew from other weights");
+  if (!o.record_routing.empty() && !o.replay_routing.empty()) fail("--record-routing and --replay-routing exclude each other");
+  if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty()) fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");
+  return o;
+}

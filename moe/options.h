@@ -1,0 +1,54 @@
+// Everything that can be asked for on the command line or in a --config file.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "llmc/sampler.h"
+#include "llmc/schedule.h"
+#include "moe/model.h"
+
+struct Options {
+  // What to do; none of these: train.
+  bool memory_report = false, dry_run = false, generate = false;
+  std::string export_format;                     // "hf"
+  // Model
+  std::string preset = "tiny";
+  ModelConfig model;
+  std::vector<std::string> model_options_given;  // options that fix the model, as written by the user
+  // Data
+  std::string train_data = "data/kjv/kjv_train.bin", val_data = "data/kjv/kjv_val.bin";
+  std::string tokenizer_ranks = "data/gpt2.tiktoken";
+  int64_t batch_size = 16, seq_len = 256, total_batch_tokens = 0;  // 0: batch_size * seq_len
+  bool overfit_one_batch = false;
+  // Training
+  int64_t steps = 0, stop_after = 0;             // 0 steps: by epochs
+  double epochs = 1;
+  uint64_t seed = 42;
+  std::string device = "auto", dtype;            // dtype empty: fp32 on cpu
+  std::string schedule_name = "cosine";
+  Schedule schedule;
+  AdamWConfig adamw;
+  UpdateRules rules;
+  std::string grad_dtype;                        // empty: by the rule of RunOptions
+  // Evaluation, sampling, checkpoints
+  int64_t eval_every = 0, sample_every = 0, checkpoint_every = 0, keep = 2;
+  std::string out = "runs/default", init_from;
+  bool resume = false;
+  // Memory
+  std::string recompute = "act", dispatch = "zero_buffer", arena = "planned";
+  double memory_budget = 0;                      // GiB; 0: what the machine has free
+  // Routing traces
+  std::string record_routing, replay_routing;
+  // Generation
+  std::string checkpoint, prompt;
+  int64_t max_new_tokens = 256, context = 0;     // 0: the sequence length of training
+  SamplerOptions sampler;
+  // Processes
+  int64_t dp = 1, ep = 1, etp = 1, tp = 1, pp = 1;
+  bool plain_matmul = false;
+
+  int64_t micro_steps() const { return total_batch_tokens / (batch_size * seq_len); }
+};
+
+// Parses argv. --help prints the grouped help and exits 0. Errors: anything unknown, malformed or contradictory, one line.
+Options parse_options(int argc, char** argv);

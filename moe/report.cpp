@@ -1,0 +1,86 @@
+#include "moe/report.h"
+
+#include <cstdio>
+#include <fstream>
+
+PlanSummary summarize(const Plan& plan, const ModelConfig& config) {
+  PlanSummary s;
+  for (int c = 0; c < n_category; ++c) s.bytes[c] = plan.category_bytes(Category(c));
+  s.total = plan.arena_bytes();
+  for (int l = 0; l < config.n_layer; ++l)
+    s.layers.push_back({config.is_dense(l) ? "mlp" : "moe", 0, 0, 0});
+  for (const TensorInfo& t : plan.tensors()) {  // one pass: a large model has tens of thousands of tensors
+    if (t.layer < 0) continue;
+    auto& layer = s.layers[t.layer];
+    if (t.category == Category::saved) (t.part == "attention" ? layer.attention_saved : layer.saved) += t.bytes;
+    if (t.category == Category::metadata) layer.metadata += t.bytes;
+  }
+  return s;
+}
+
+std::string readable_bytes(double bytes) {
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int u = 0;
+  while (bytes >= 1024 && u < 4) bytes /= 1024, ++u;
+  char text[64];
+  std::snprintf(text, sizeof text, u == 0 ? "%.0f %s" : "%.2f %s", bytes, units[u]);
+  return text;
+}
+
+std::string memory_report(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config, const RunOptions& run, size_t real_bytes) {
+  std::string text;
+  char line[256];
+  auto add = [&](auto... args) {
+    std::snprintf(line, sizeof line, args...);
+    text += line;
+  };
+  int64_t N = run.B * run.T;
+  add("memory plan: %lld parameters (%lld active), micro-batch %lld x %lld tokens, %lld a step, dispatch %s\n",
+      (long long)config.parameters(), (long long)config.active_parameters(), (long long)run.B, (long long)run.T,
+      (long long)run.micro_steps, name_of(run.dispatch));
+  for (size_t l = 0; l < ours.layers.size(); ++l) {
+    const auto& layer = ours.layers[l];
+    add("layer %zu attention saved %zu\n", l, layer.attention_saved);
+    if (layer.part == "moe") add("layer %zu moe saved %zu metadata %zu\n", l, layer.saved, layer.metadata);
+    else add("layer %zu mlp saved %zu\n", l, layer.saved);
+  }
+  add("%-22s %20s %12s   %20s\n", "bytes", name_of(run.dispatch), "", "materialized");
+  for (int c = 0; c < n_category; ++c)
+    add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c], readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
+  add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
+  for (size_t l = 0; l < ours.layers.size(); ++l) {
+    if (ours.layers[l].part != "moe") continue;
+    size_t formula = real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
+    const char* name = real_bytes == 2 ? "2NC + 4NKF" : real_bytes == 4 ? "4NC + 8NKF" : "8NC + 16NKF";
+    add("a MoE layer keeps %zu (recompute %s); %s = %zu; materialized keeps %zu\n", ours.layers[l].saved, name_of(run.policy(int64_t(l))), name,
+        formula, other.layers[l].saved);
+    break;
+  }
+  return text;
+}
+
+size_t available_memory() {
+  std::ifstream file("/proc/meminfo");
+  std::string key, unit;
+  for (size_t kib; file >> key >> kib; std::getline(file, unit))
+    if (key == "MemAvailable:") return kib * 1024;
+  return 0;
+}
+
+std::vector<Recompute> choose_recompute(int64_t L, size_t budget, const std::function<size_t(const std::vector<Recompute>&)>& plan_bytes) {
+  // Steps of the ladder: all none; 1..L layers act; then 1..L of them up; then block. More steps never need more memory,
+  // so the first that fits is found by bisection.
+  auto policies = [&](int64_t step) {
+    std::vector<Recompute> p(L, Recompute::none);
+    for (int64_t l = 0; l < L; ++l) p[l] = Recompute(step / L + (l < step % L ? 1 : 0));
+    return p;
+  };
+  int64_t low = 0, high = 3 * L;
+  if (plan_bytes(policies(high)) > budget) return {};
+  while (low < high) {
+    int64_t middle = (low + high) / 2;
+    if (plan_bytes(policies(middle)) <= budget) high = middle;
+    else low = middle + 1;
+  }
+  return policies(low);
+}

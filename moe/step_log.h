@@ -1,0 +1,28 @@
+// What a run says about its steps: a line on the terminal, a line in main.log, an object in log.jsonl.
+#pragma once
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "llmc/step.h"
+#include "moe/config.h"
+
+struct StepReport {
+  int64_t step = 0, total_steps = 0;
+  StepStats stats;
+  double learning_rate = 0, milliseconds = 0, tokens_per_s = 0, mfu = 0;
+  size_t memory_bytes = 0;                         // allocated by the plan
+  std::vector<std::vector<int32_t>> expert_load;   // per layer (E) selections of the step; empty for dense layers
+  std::string skipped;                             // why the update was skipped; empty: it was not
+};
+
+// Largest over mean load of the worst layer; 1 at balance.
+double max_over_mean(const std::vector<std::vector<int32_t>>& expert_load);
+
+nlohmann::ordered_json step_record(const StepReport& r);
+// "step  120/1500 | loss 2.345678 aux ... " ; with time_left, for a terminal, "| 1m23s left" at the end.
+std::string step_line(const StepReport& r, bool time_left);
+
+// Floating-point operations that training takes a token, forward and backward: 6 for each parameter the token meets, and
+// causal attention, 6*L*T*NH*HD.
+double training_flops_per_token(const ModelConfig& c, int64_t T);

@@ -1,0 +1,405 @@
+// Trains a GPT with mixture-of-experts layers, or generates text with one. Options, the training loop, nothing else.
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <memory>
+
+#include "llmc/dataloader.h"
+#include "llmc/logger.h"
+#include "llmc/peak.h"
+#include "moe/generate.h"
+#include "moe/model_files.h"
+#include "moe/options.h"
+#include "moe/report.h"
+#include "moe/routing_file.h"
+#include "moe/step_log.h"
+
+namespace {
+
+volatile std::sig_atomic_t stop_requested = 0;
+
+// ---- setting up ----
+
+RunOptions run_options(const Options& o) {
+  RunOptions r;
+  r.B = o.batch_size, r.T = o.seq_len, r.micro_steps = o.micro_steps();
+  r.evaluate = !o.val_data.empty();
+  r.decode_positions = o.sample_every ? (o.context ? o.context : o.seq_len) : 0;
+  r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 : o.grad_dtype == "fp32";
+  r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
+  r.separate_arena = o.arena == "separate";
+  r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
+  r.adamw = o.adamw, r.rules = o.rules;
+  for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
+    if (o.recompute == name_of(p)) r.recompute.assign(o.model.n_layer, p);
+  return r;
+}
+
+// The model of a checkpoint or Hugging Face directory. What the command line says about the architecture must agree;
+// how experts are balanced while training is the command line's to say.
+ModelConfig model_of(const std::string& dir, const Options& o, ModelFileInfo& info, std::string& model_type) {
+  ModelConfig c = read_hf_config(dir + "/config.json", info, model_type);
+  c.balance = o.model.balance, c.balance_scope = o.model.balance_scope;
+  c.aux_coef = o.model.aux_coef, c.z_coef = o.model.z_coef, c.bias_rate = o.model.bias_rate;
+  if (!o.model_options_given.empty() && c != o.model) {
+    std::string given;
+    for (const std::string& name : o.model_options_given) given += " " + name;
+    fail("the options", given, " do not describe the model in ", dir, " (see its config.json); leave them out to use that model");
+  }
+  c.validate();
+  return c;
+}
+
+// --recompute auto, and the check that the plan fits; returns options that do.
+template <class Device>
+RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
+  size_t available = available_memory();
+  size_t budget = o.memory_budget > 0 ? size_t(o.memory_budget * double(size_t(1) << 30)) : available;
+  auto bytes = [&](const RunOptions& r) { return Model<Device>(dev, o.model, r).plan.arena_bytes(); };
+  auto with = [&](const std::vector<Recompute>& policies) {
+    RunOptions r = run;
+    r.recompute = policies;
+    return r;
+  };
+  if (o.recompute == "auto") {
+    auto policies = choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) { return bytes(with(p)); });
+    if (policies.empty())
+      fail("--recompute auto: even --recompute block needs ", readable_bytes(double(bytes(with(std::vector<Recompute>(o.model.n_layer, Recompute::block))))),
+           ", more than the ", readable_bytes(double(budget)), " allowed; use a smaller --batch-size or --seq-len");
+    run.recompute = policies;
+    std::map<std::string, int> count;
+    for (Recompute p : policies) ++count[name_of(p)];
+    std::printf("recompute auto:");
+    for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
+    std::printf(" (plan %s of %s)\n", readable_bytes(double(bytes(run))).c_str(), readable_bytes(double(budget)).c_str());
+  }
+  if (o.dry_run || budget == 0 || bytes(run) <= budget) return run;
+  size_t needed = bytes(run);
+  std::string hint = "no batch size fits; choose a smaller model";
+  for (RunOptions r = run; r.B >= 1; r.B /= 2) {
+    bool found = false;
+    for (Recompute p : {Recompute::act, Recompute::up, Recompute::block}) {
+      r.recompute.assign(o.model.n_layer, p);
+      size_t b = bytes(r);
+      if (b > budget) continue;
+      hint = "--batch-size " + std::to_string(r.B) + " --recompute " + name_of(p) + " would fit (" + readable_bytes(double(b)) + ")";
+      found = true;
+      break;
+    }
+    if (found) break;
+  }
+  fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)), o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ", hint);
+}
+
+// ---- training ----
+
+template <class Device>
+class Trainer {
+ public:
+  Trainer(Device& dev, const Options& o, const RunOptions& run, const ModelFileInfo& info)
+      : o_(o), dev_(dev), model_(dev, o.model, run), info_(info), terminal_(isatty(STDOUT_FILENO)) {}
+
+  // Everything that can be refused is, before anything is written.
+  void open_data() {
+    if (o_.train_data.empty()) fail("--train-data is needed: token shards (see data/)");
+    train_ = std::make_unique<DataLoader>(TokenShards(o_.train_data, int(o_.model.vocab_size)), int(o_.seq_len), o_.seed, true);
+    if (train_->windows() == 0) fail(o_.train_data, ": no shard holds the ", o_.seq_len + 1, " tokens of one sample; use a smaller --seq-len");
+    if (!o_.val_data.empty()) {
+      val_ = std::make_unique<DataLoader>(TokenShards(o_.val_data, int(o_.model.vocab_size)), int(o_.seq_len), o_.seed, false);
+      if (val_->shards().tokenizer_id() != train_->shards().tokenizer_id()) fail(o_.val_data, ": made with another tokenizer than ", o_.train_data);
+      if (val_->eval_windows() == 0) fail(o_.val_data, ": holds no token to predict");
+    }
+    info_.tokenizer_id = train_->shards().tokenizer_id();
+    info_.seq_len = o_.seq_len;
+    samples_per_step_ = o_.total_batch_tokens / o_.seq_len;
+    total_steps_ = o_.steps;
+    if (total_steps_ == 0) total_steps_ = std::max<int64_t>(1, int64_t(o_.epochs * double(train_->windows()) / double(samples_per_step_)));
+    schedule_ = o_.schedule;
+    schedule_.total_steps = total_steps_;
+    schedule_.warmup_steps = std::min(schedule_.warmup_steps, total_steps_ / 2);
+    check_schedule(schedule_);
+    if (o_.sample_every) tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::for_id(info_.tokenizer_id, o_.tokenizer_ranks));
+    if (!o_.resume && exists_any(o_.out)) fail("--out ", o_.out, " already holds a run; --resume goes on with it, another --out starts a new one");
+    int moe_layers = 0;
+    for (int64_t l = 0; l < o_.model.n_layer; ++l) moe_layers += !o_.model.is_dense(l);
+    RoutingFileShape shape{int32_t(o_.model.n_expert), int32_t(o_.model.top_k), int32_t(model_.N()), moe_layers};
+    if (!o_.replay_routing.empty()) replay_ = std::make_unique<RoutingReader>(o_.replay_routing, shape);
+    if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, shape);
+  }
+
+  void start(const std::string& model_type) {
+    model_.allocate();
+    if (o_.resume) {
+      std::string dir = find_latest(o_.out);
+      require_complete(dir);
+      TrainerState s = read_trainer_state(dir);
+      if (s.seed != o_.seed) fail("--seed ", o_.seed, " differs from the run's ", s.seed, " (", dir, "/trainer.json); the order of samples would change");
+      if (s.seq_len != o_.seq_len) fail("--seq-len ", o_.seq_len, " differs from the run's ", s.seq_len, "; the order of samples would change");
+      if (s.total_steps != total_steps_) std::printf("note: the schedule had %lld steps, now %lld\n", (long long)s.total_steps, (long long)total_steps_);
+      load_weights(model_, dir, model_type);
+      load_optimizer(model_, dir);
+      step_ = s.step, next_sample_ = s.next_sample;
+      std::printf("resumed from %s\n", dir.c_str());
+    } else if (!o_.init_from.empty()) {
+      load_weights(model_, o_.init_from, model_type);
+    } else {
+      model_.initialise(o_.seed);
+    }
+    log_ = Logger(o_.out, o_.resume);
+    if (o_.resume) log_.truncate_after(step_);
+    peak_ = peak_flops(dev_);
+    std::printf("%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s allocated | matmul peak %.0f GFLOP/s\n",
+                (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(), (long long)o_.seq_len,
+                (long long)total_steps_, (long long)o_.total_batch_tokens, readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
+    std::fflush(stdout);
+  }
+
+  void train() {
+    int64_t end = o_.stop_after ? std::min(o_.stop_after, total_steps_) : total_steps_;
+    if (step_ >= end) {
+      std::printf("nothing to do: %lld steps of %lld are done\n", (long long)step_, (long long)end);
+      return;
+    }
+    int64_t saved = step_;
+    while (step_ < end && !stop_requested) {
+      one_step();
+      bool last = step_ == end;
+      if (val_ && (last || (o_.eval_every && step_ % o_.eval_every == 0))) evaluate();
+      if (o_.sample_every && (last || step_ % o_.sample_every == 0)) sample();
+      if (o_.checkpoint_every && step_ % o_.checkpoint_every == 0) save(), saved = step_;
+    }
+    if (saved != step_) save();
+    if (record_) record_->close();
+    if (stop_requested) std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void one_step() {
+    auto begin = Clock::now();
+    StepParams p;
+    p.step = step_ + 1;
+    p.learning_rate = learning_rate(schedule_, step_);
+    p.loss_scale = 1.0 / double(o_.total_batch_tokens);
+    p.micro_step_scale = 1.0 / double(o_.micro_steps());
+    model_.set_params(p);
+    model_.start_step();
+    std::vector<int32_t> tokens(model_.N()), targets(model_.N());
+    for (int64_t micro = 0; micro < o_.micro_steps(); ++micro) {
+      for (int64_t b = 0; b < o_.batch_size; ++b) {
+        int64_t sample = (o_.overfit_one_batch ? 0 : next_sample_) + micro * o_.batch_size + b;
+        train_->sample(sample, &tokens[b * o_.seq_len], &targets[b * o_.seq_len]);
+      }
+      model_.set_batch(tokens.data(), targets.data());
+      routing(step_ * o_.micro_steps() + micro, true);
+      model_.micro_step();
+      routing(step_ * o_.micro_steps() + micro, false);
+    }
+    model_.update();
+    ++step_;
+    next_sample_ += samples_per_step_;
+    check_status();
+
+    StepReport r;
+    r.step = step_, r.total_steps = total_steps_, r.learning_rate = p.learning_rate;
+    r.stats = model_.read_stats();
+    r.milliseconds = std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
+    r.tokens_per_s = double(o_.total_batch_tokens) / r.milliseconds * 1e3;
+    r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / peak_;
+    r.memory_bytes = model_.arena().allocated_bytes();
+    for (int64_t l = 0; l < o_.model.n_layer; ++l) r.expert_load.push_back(model_.read_load(l));
+    r.skipped = skip_reason(r.stats);
+    log_.train(step_, r.stats.loss, r.learning_rate, r.stats.grad_norm);
+    log_.record(step_record(r));
+    if (terminal_) std::printf("\r\033[K%s", step_line(r, true).c_str());
+    else if (step_ == 1 || step_ % 10 == 0 || step_ == total_steps_ || !r.skipped.empty()) std::printf("%s\n", step_line(r, false).c_str());
+    std::fflush(stdout);
+  }
+
+  // Hands the recorded choices of a micro-step to the model before it, or takes them from it afterwards.
+  void routing(int64_t micro_step, bool before) {
+    if (before ? !replay_ : !record_) return;
+    int64_t moe_layer = 0;
+    for (int64_t l = 0; l < o_.model.n_layer; ++l) {
+      if (o_.model.is_dense(l)) continue;
+      if (before) model_.set_replay(l, replay_->read(micro_step, moe_layer).data());
+      else record_->append(model_.read_routing(l));
+      ++moe_layer;
+    }
+  }
+
+  std::string skip_reason(const StepStats& s) const {
+    if (s.bad_tensor == -2) return "the loss is not finite";
+    if (s.bad_tensor >= 0) return "the gradient of " + model_.table.parameters()[s.bad_tensor].name + " is not finite";
+    if (s.skip) return "outlier (loss z " + format_number(s.loss_z) + ", norm z " + format_number(s.norm_z) + ")";
+    return "";
+  }
+
+  void check_status() {
+    DeviceStatus s = model_.read_status();
+    if (s.code == DeviceStatus::ok) return;
+    fail("step ", step_, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value, " is out of range",
+         s.layer >= 0 ? " in layer " + std::to_string(s.layer) : std::string(), " at token ", s.token, " of the micro-batch");
+  }
+
+  void evaluate() {
+    auto begin = Clock::now();
+    StepParams p;
+    p.loss_scale = 1;
+    model_.set_params(p);
+    double sum = 0;
+    std::vector<int32_t> tokens(model_.N()), targets(model_.N());
+    for (int64_t w = 0; w < val_->eval_windows(); w += o_.batch_size) {
+      for (int64_t b = 0; b < o_.batch_size; ++b) {
+        int32_t *in = &tokens[b * o_.seq_len], *out = &targets[b * o_.seq_len];
+        if (w + b < val_->eval_windows()) val_->eval_sample(w + b, in, out);
+        else std::fill_n(in, o_.seq_len, 0), std::fill_n(out, o_.seq_len, -1);
+      }
+      model_.set_batch(tokens.data(), targets.data());
+      model_.evaluate();
+      sum += model_.read_stats().loss;
+    }
+    double loss = sum / double(val_->eval_targets());
+    log_.validation(step_, loss);
+    log_.record({{"step", step_}, {"val_loss", loss}});
+    std::printf("%sstep %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s\n", terminal_ ? "\r\033[K" : "", (long long)step_, (long long)total_steps_, loss,
+                (long long)val_->eval_targets(), std::chrono::duration<double>(Clock::now() - begin).count());
+    std::fflush(stdout);
+  }
+
+  void sample() {
+    std::vector<int32_t> ids;
+    generate(model_, tokenizer_->encode(o_.prompt), tokenizer_->eot(), o_.max_new_tokens, o_.sampler, o_.seed, [&](int32_t id) {
+      ids.push_back(id);
+      return id < tokenizer_->eot();
+    });
+    if (!ids.empty() && ids.back() >= tokenizer_->eot()) ids.pop_back();
+    std::printf("%s--- sample at step %lld\n%s%s\n---\n", terminal_ ? "\r\033[K" : "", (long long)step_, o_.prompt.c_str(), tokenizer_->decode(ids).c_str());
+    std::fflush(stdout);
+  }
+
+  void save() {
+    TrainerState s{step_, next_sample_, o_.seed, total_steps_, o_.total_batch_tokens, o_.seq_len};
+    std::string dir = save_checkpoint(model_, o_.out, s, info_, o_.keep);
+    std::printf("%ssaved %s\n", terminal_ ? "\r\033[K" : "", dir.c_str());
+    std::fflush(stdout);
+  }
+
+  const Options& o_;
+  Device& dev_;
+  Model<Device> model_;
+  ModelFileInfo info_;
+  bool terminal_;
+  std::unique_ptr<DataLoader> train_, val_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<RoutingReader> replay_;
+  std::unique_ptr<RoutingWriter> record_;
+  Logger log_;
+  Schedule schedule_;
+  int64_t total_steps_ = 0, samples_per_step_ = 0, step_ = 0, next_sample_ = 0;
+  double peak_ = 1;
+};
+
+// ---- what to do ----
+
+template <class Device>
+void train_main(Options o, Device& dev) {
+  std::string source = o.resume ? (o.dry_run ? "" : find_latest(o.out)) : o.init_from, model_type;
+  ModelFileInfo info;
+  if (!source.empty()) o.model = model_of(source, o, info, model_type);
+  RunOptions run = fit_memory(dev, o, run_options(o));
+  if (o.memory_report || o.dry_run) {
+    RunOptions other = run;
+    other.dispatch = Dispatch::materialized;
+    Model<Device> ours(dev, o.model, run), materialized(dev, o.model, other);
+    std::fputs(memory_report(summarize(ours.plan, o.model), summarize(materialized.plan, o.model), o.model, run, sizeof(typename Device::Real)).c_str(), stdout);
+  }
+  if (o.dry_run) return;
+  Trainer<Device> trainer(dev, o, run, info);
+  trainer.open_data();
+  trainer.start(model_type);
+  trainer.train();
+}
+
+// A model loaded from --checkpoint, for decoding only (or nothing but its weights).
+template <class Device>
+std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, ModelFileInfo& info, int64_t decode_positions) {
+  std::string model_type;
+  ModelConfig config = model_of(o.checkpoint, o, info, model_type);
+  RunOptions run;
+  run.B = run.T = 1, run.train = run.evaluate = false;
+  run.decode_positions = decode_positions ? decode_positions : o.context ? o.context : std::clamp<int64_t>(info.seq_len, 2, 4096);
+  auto model = std::make_unique<Model<Device>>(dev, config, run);
+  model->allocate();
+  load_weights(*model, o.checkpoint, model_type);
+  return model;
+}
+
+// DIR itself, or the newest checkpoint of a run's --out directory.
+std::string checkpoint_directory(const std::string& dir) {
+  if (access((dir + "/config.json").c_str(), R_OK) == 0) return dir;
+  if (!exists_any(dir)) fail("--checkpoint ", dir, ": no config.json there, and no checkpoint of a run either");
+  return find_latest(dir);
+}
+
+template <class Device>
+void generate_main(Options o, Device& dev) {
+  o.checkpoint = checkpoint_directory(o.checkpoint);
+  ModelFileInfo info;
+  auto model = load_for_use(o, dev, info, 0);
+  Tokenizer tokenizer = Tokenizer::for_id(info.tokenizer_id, o.tokenizer_ranks);
+  std::fputs(o.prompt.c_str(), stdout);
+  generate(*model, tokenizer.encode(o.prompt), tokenizer.eot(), o.max_new_tokens, o.sampler, o.seed, [&](int32_t id) {
+    if (id == tokenizer.eot()) std::fputs("\n", stdout);  // a document ends, the next begins
+    else if (id < tokenizer.vocab_size()) std::fputs(tokenizer.decode(std::span(&id, 1)).c_str(), stdout);
+    std::fflush(stdout);
+    return true;
+  });
+  std::fputs("\n", stdout);
+}
+
+template <class Device>
+void export_main(Options o, Device& dev) {
+  o.checkpoint = checkpoint_directory(o.checkpoint);
+  ModelFileInfo info;
+  auto model = load_for_use(o, dev, info, 2);
+  std::string reason;
+  if (hf_model_type(model->config, &reason) == "gpt_moe") fail("--export hf: no Hugging Face class expresses ", reason, "; the checkpoint can only be used here");
+  if (access((o.out + "/config.json").c_str(), F_OK) == 0) fail("--export hf: ", o.out, " already holds a model; choose another --out");
+  std::filesystem::create_directories(o.out);
+  write_model(*model, o.out, info);
+  std::printf("wrote %s (%s)\n", o.out.c_str(), hf_model_type(model->config).c_str());
+}
+
+template <class Device>
+void run(const Options& o) {
+  Device dev;
+  dev.plain_matmul = o.plain_matmul;
+  if (o.generate) generate_main(o, dev);
+  else if (!o.export_format.empty()) export_main(o, dev);
+  else train_main(o, dev);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    Options o = parse_options(argc, argv);
+    std::signal(SIGINT, [](int) { stop_requested = 1; });
+    std::signal(SIGTERM, [](int) { stop_requested = 1; });
+    if (o.dtype == "fp32") run<Cpu<float>>(o);
+    else if (o.dtype == "bf16") run<Cpu<bf16>>(o);
+    else run<Cpu<double>>(o);
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs\n");
+    return 1;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "train_gpt_moe: %s\n", e.what());
+    return 1;
+  }
+}
