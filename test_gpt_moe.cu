@@ -55,15 +55,15 @@ class ReferenceState : public testing::TestWithParam<const char*> {
     Comparison compare(bound);
     auto want = [&](const std::string& key) { return r.read(c.name + "." + key); };
 
-    double evaluated;
-    compare("logits", m.logits(batch, &evaluated), want("logits"));
-    compare("evaluated loss", evaluated, want("loss")[0]);
+    compare("logits", m.logits(batch), want("logits"));
+    compare("evaluated loss", m.evaluate(batch), want("loss")[0]);
 
     StepStats stats = m.gradients(batch, c.learning_rate);
     compare("loss", stats.loss, want("loss")[0]);
     compare("aux_loss", stats.aux_loss, want("aux_loss")[0]);
     compare("z_loss", stats.z_loss, want("z_loss")[0]);
-    for (const Parameter& p : m.parameters()) compare("grad." + p.name, m.read(p, TestModel<Device>::State::grad), want("grad." + p.name));
+    for (const Parameter& p : m.parameters())
+      compare("grad." + p.name, m.read(p, TestModel<Device>::State::grad), want("grad." + p.name));
     for (int64_t l = 0; l < c.model.n_layer; ++l) {
       if (c.model.is_dense(l)) continue;
       std::string key = c.name + ".top_k_index." + std::to_string(l);
@@ -139,7 +139,8 @@ void check_finite_differences(ModelConfig config, const std::string& what) {
     for (int probe = 0; probe < 3; ++probe) {
       std::vector<double> direction(weight.size());
       if (probe == 0)
-        for (size_t j = 0; j < weight.size(); ++j) direction[j] = random_normal(7, hash_name(p.name), j) / std::sqrt(double(weight.size()));
+        for (size_t j = 0; j < weight.size(); ++j)
+          direction[j] = random_normal(7, hash_name(p.name), j) / std::sqrt(double(weight.size()));
       else
         direction[random_bits(probe, hash_name(p.name), 0) % weight.size()] = 1;
       auto at = [&](double h) {
@@ -152,7 +153,8 @@ void check_finite_differences(ModelConfig config, const std::string& what) {
       double slope = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h), expected = 0;
       for (size_t j = 0; j < weight.size(); ++j) expected += gradient[j] * direction[j];
       // NaN fails.
-      EXPECT_TRUE(std::abs(slope - expected) <= 1e-7 * norm + 1e-11) << what << ": " << p.name << " probe " << probe << ": " << slope << " and " << expected;
+      EXPECT_TRUE(std::abs(slope - expected) <= 1e-7 * norm + 1e-11)
+          << what << ": " << p.name << " probe " << probe << ": " << slope << " and " << expected;
     }
     m.write(p, weight);
   }
@@ -172,7 +174,8 @@ TEST(FiniteDifferences, EveryGateAndBalanceWithEveryOtherOption) {
           if (variant == std::string("shared expert")) c.d_shared = 16;
           if (variant == std::string("capacity")) c.capacity_factor = 0.8;
           if (variant == std::string("untied")) c.tied = false;
-          check_finite_differences(c, std::string(name_of(gate)) + (norm_topk_prob ? " normalised " : " raw ") + name_of(scope) + " " + variant);
+          check_finite_differences(c, std::string(name_of(gate)) + (norm_topk_prob ? " normalised " : " raw ") +
+                                          name_of(scope) + " " + variant);
         }
 }
 
@@ -187,10 +190,10 @@ Trace two_steps(const ModelConfig& config, const RunOptions& options) {
 
 using Policies = std::vector<Recompute>;
 const std::vector<Policies> all_policies = {
-    {Recompute::none, Recompute::none, Recompute::none},    {Recompute::act, Recompute::act, Recompute::act},
-    {Recompute::up, Recompute::up, Recompute::up},
-    {Recompute::block, Recompute::block, Recompute::block}, {Recompute::up, Recompute::none, Recompute::block},
-    {Recompute::block, Recompute::up, Recompute::none},     {Recompute::none, Recompute::block, Recompute::act}};
+    {Recompute::none, Recompute::none, Recompute::none}, {Recompute::act, Recompute::act, Recompute::act},
+    {Recompute::up, Recompute::up, Recompute::up},       {Recompute::block, Recompute::block, Recompute::block},
+    {Recompute::up, Recompute::none, Recompute::block},  {Recompute::block, Recompute::up, Recompute::none},
+    {Recompute::none, Recompute::block, Recompute::act}};
 
 template <class T>
 class SameBits : public testing::Test {};
@@ -202,43 +205,50 @@ TYPED_TEST_SUITE(SameBits, Devices);
 TYPED_TEST(SameBits, WhateverThePolicyDispatchAndArena) {
   for (const ModelConfig& config : {small_model(), small_sigmoid_model()}) {
     RunOptions o = small_run(2, 12, 2);
+    o.decode_positions = 5;
     Trace want = two_steps<TypeParam>(config, o);
     for (const Policies& policies : all_policies)
       for (Dispatch dispatch : {Dispatch::zero_buffer, Dispatch::materialized})
         for (bool separate : {false, true}) {
           o.recompute = policies, o.dispatch = dispatch, o.separate_arena = separate;
-          SCOPED_TRACE(std::string(name_of(config.gate)) + " " + name_of(policies[0]) + " " + name_of(policies[1]) + " " +
-                       name_of(policies[2]) + " " + name_of(dispatch) + (separate ? " separate" : " planned"));
+          SCOPED_TRACE(std::string(name_of(config.gate)) + " " + name_of(policies[0]) + " " + name_of(policies[1]) +
+                       " " + name_of(policies[2]) + " " + name_of(dispatch) + (separate ? " separate" : " planned"));
           expect_same_bits(two_steps<TypeParam>(config, o), want);
         }
   }
 }
 
-TYPED_TEST(SameBits, OnOneThreadOrMore) {
+TYPED_TEST(SameBits, OnOneThreadOrTwo) {
   const int threads = omp_get_max_threads();
   for (const ModelConfig& config : {small_model(), small_sigmoid_model()}) {
     RunOptions o = small_run(2, 300);  // several tiles of everything
     omp_set_num_threads(1);
     Trace want = two_steps<TypeParam>(config, o);
-    for (int n : {2, 3}) {
-      omp_set_num_threads(n);
-      expect_same_bits(two_steps<TypeParam>(config, o), want);
-    }
+    omp_set_num_threads(2);
+    expect_same_bits(two_steps<TypeParam>(config, o), want);
   }
   omp_set_num_threads(threads);
 }
 
-TYPED_TEST(SameBits, WhenRecordedRoutingIsReplayed) {
+TYPED_TEST(SameBits, WhenRoutingIsReplayed) {
   for (const ModelConfig& config : {small_model(), small_sigmoid_model()}) {
     RunOptions o = small_run(2, 12, 2);
     o.record_routing = true;
     TestModel<TypeParam> recorder(config, o);
-    o.record_routing = false, o.replay_routing = true;
-    TestModel<TypeParam> replayer(config, o);
-    recorder.randomise(0.2), replayer.randomise(0.2);
+    recorder.randomise(0.2);
     Trace want = recorder.run(small_batch(o), 1);
-    replayer.replay = recorder.routing;
-    expect_same_bits(replayer.run(small_batch(o), 1), want);
+    auto replay = recorder.routing;
+    auto replayed = [&](Recompute policy) {
+      o.record_routing = false, o.replay_routing = true, o.recompute.assign(config.n_layer, policy);
+      TestModel<TypeParam> replayer(config, o);
+      replayer.randomise(0.2);
+      replayer.replay = replay;
+      return replayer.run(small_batch(o), 1);
+    };
+    expect_same_bits(replayed(Recompute::act), want);
+    for (auto& layer : replay)
+      for (int32_t& e : layer) e = (e + 1) % int32_t(config.n_expert);  // not what the router would choose
+    expect_same_bits(replayed(Recompute::block), replayed(Recompute::act));
   }
 }
 
@@ -254,9 +264,11 @@ TEST(Gradients, NarrowOnesAreTheWideOnesRounded) {
   wide.gradients(small_batch(o)), narrow.gradients(small_batch(o));
   EXPECT_LT(narrow.model.plan.category_bytes(Category::gradients), wide.model.plan.category_bytes(Category::gradients));
   for (const Parameter& p : wide.parameters()) {
-    auto want = wide.read(p, TestModel<Cpu<bf16>>::State::grad), got = narrow.read(p, TestModel<Cpu<bf16>>::State::grad);
+    auto want = wide.read(p, TestModel<Cpu<bf16>>::State::grad),
+         got = narrow.read(p, TestModel<Cpu<bf16>>::State::grad);
     const auto& b = narrow.model.table.buffer(p.buffer);
-    for (size_t i = 0; i < want.size(); ++i) ASSERT_EQ(got[i], b.grad.narrow ? float(bf16(want[i])) : want[i]) << p.name;
+    for (size_t i = 0; i < want.size(); ++i)
+      ASSERT_EQ(got[i], b.grad.narrow ? float(bf16(want[i])) : want[i]) << p.name;
   }
 }
 
@@ -275,7 +287,8 @@ TEST(Accumulation, IsTheSameStepAsOneLargeMicroBatch) {
       Trace got = parts.run(batch, 3, 1e-3);
       ASSERT_EQ(got.size(), want.size());
       for (size_t i = 0; i < want.size(); ++i)
-        EXPECT_LE(relative_error<double>(got[i].second, want[i].second), 1e-9) << want[i].first << ", " << micro_steps << " micro-steps";
+        EXPECT_LE(relative_error<double>(got[i].second, want[i].second), 1e-9)
+            << want[i].first << ", " << micro_steps << " micro-steps";
     }
   }
 }
@@ -299,7 +312,7 @@ void check_allocation(const ModelConfig& config, RunOptions o) {
     EXPECT_TRUE(a.persistent || a.first >= 0) << a.name << " is planned and never used";
     EXPECT_EQ(a.offset % Plan::alignment, 0u);
     ASSERT_LE(a.offset + a.bytes, plan.arena_bytes()) << a.name;
-    if (!a.persistent) ASSERT_GE(a.offset, plan.persistent_bytes()) << a.name;
+    ASSERT_GE(a.offset, a.persistent ? 0 : plan.persistent_bytes()) << a.name;
     for (size_t j = 0; j < i; ++j) {
       const TensorInfo& b = tensors[j];
       bool together = a.persistent || b.persistent || (a.first <= b.last && b.first <= a.last);
@@ -313,12 +326,14 @@ void check_allocation(const ModelConfig& config, RunOptions o) {
 
   // What the parameter table says each category holds.
   size_t values = 0, tied = 0, biases = 0;
-  for (const auto& b : planned.model.table.buffers()) values += b.rows * b.cols, tied += b.second_grad.tensor() ? b.rows * b.cols : 0;
+  for (const auto& b : planned.model.table.buffers())
+    values += b.rows * b.cols, tied += b.second_grad.tensor() ? b.rows * b.cols : 0;
   for (int64_t l = 0; l < config.n_layer; ++l) biases += planned.model.has_bias(l) ? config.n_expert : 0;
   size_t real = sizeof(typename Device::Real), acc = sizeof(typename Device::Acc);
   EXPECT_EQ(plan.category_bytes(Category::weights), values * real);
   EXPECT_EQ(plan.category_bytes(Category::gradients), o.train ? (values + tied) * acc : 0);
-  EXPECT_EQ(plan.category_bytes(Category::optimizer), (o.train ? values * (real == acc ? 2 : 3) * acc : 0) + biases * acc);
+  EXPECT_EQ(plan.category_bytes(Category::optimizer),
+            (o.train ? values * (real == acc ? 2 : 3) * acc : 0) + biases * acc);
 }
 
 TEST(Memory, AllocatedAsPlannedToTheByte) {
@@ -340,7 +355,8 @@ TEST(Memory, SavedByAMoeLayer) {
   c.d_shared = 0;
   RunOptions o = small_run(3, 12);
   size_t N = o.B * o.T, C = c.d_model, K = c.top_k, F = c.d_expert, E = c.n_expert, R = N * K;
-  size_t metadata = 4 * (3 * R + (E + 1) + E) + 4 * (R + N);  // top_k_index, row_slot, slot_row; offsets, counts; gates, lse
+  size_t metadata =
+      4 * (3 * R + (E + 1) + E) + 4 * (R + N);  // top_k_index, row_slot, slot_row; offsets, counts; gates, lse
   const std::pair<Recompute, size_t> saved[] = {{Recompute::none, 2 * N * C + 6 * N * K * F},
                                                 {Recompute::act, 2 * N * C + 4 * N * K * F},
                                                 {Recompute::up, 2 * N * C},
@@ -353,10 +369,33 @@ TEST(Memory, SavedByAMoeLayer) {
       Cpu<bf16> device;
       Model<Cpu<bf16>> model(device, c, o);
       for (int layer : {0, 2}) {
-        EXPECT_EQ(model.plan.layer_bytes(layer, "moe", Category::saved), bytes + (kept && dispatch == Dispatch::materialized ? 2 * R * C : 0));
+        EXPECT_EQ(model.plan.layer_bytes(layer, "moe", Category::saved),
+                  bytes + (kept && dispatch == Dispatch::materialized ? 2 * R * C : 0));
         EXPECT_EQ(model.plan.layer_bytes(layer, "moe", Category::metadata), kept ? metadata : 0);
       }
     }
+}
+
+// What is alive while the classifier runs, between forward and backward, is what the report calls saved or metadata.
+TEST(Memory, SavedIsWhatLivesFromForwardToBackward) {
+  for (const ModelConfig& config : {small_model(), small_sigmoid_model()})
+    for (const Policies& policies : all_policies)
+      for (Dispatch dispatch : {Dispatch::zero_buffer, Dispatch::materialized}) {
+        RunOptions o = small_run();
+        o.recompute = policies, o.dispatch = dispatch;
+        Cpu<bf16> device;
+        Model<Cpu<bf16>> model(device, config, o);
+        const auto& tensors = model.plan.tensors();
+        auto losses =
+            std::find_if(tensors.begin(), tensors.end(), [](const TensorInfo& t) { return t.name == "losses"; });
+        ASSERT_NE(losses, tensors.end());
+        int64_t classifier = losses->first;
+        for (const TensorInfo& t : tensors) {
+          if (t.persistent || t.name == "final rstd") continue;  // the latter belongs to the head itself
+          bool saved = t.category == Category::saved || t.category == Category::metadata;
+          EXPECT_EQ(t.first < classifier && t.last > classifier, saved) << t.name << " of layer " << t.layer;
+        }
+      }
 }
 
 TEST(Memory, OfALargeModelIsPlannedWithoutAllocating) {
@@ -371,11 +410,13 @@ TEST(Memory, OfALargeModelIsPlannedWithoutAllocating) {
 TEST(InitialValues, DependOnSeedAndNameAlone) {
   ModelConfig config = small_model(), other = config;
   other.n_layer = 4, other.n_expert = 6, other.vocab_size = 90, other.dense_layers = {1, 3}, other.tied = false;
-  other.n_head = 4, other.gate = Gate::sigmoid;  // widens q_proj by rows, o_proj by columns
-  TestModel<Cpu<float>> m(config, small_run()), again(config, small_run(5, 9, 3)), different(other, small_run()), seed2(config, small_run());
+  other.n_head = 4, other.gate = Gate::sigmoid;  // more rows in q_proj, more columns in o_proj
+  TestModel<Cpu<float>> m(config, small_run()), again(config, small_run(5, 9, 3)), different(other, small_run()),
+      seed2(config, small_run());
   TestModel<Cpu<double>> wide(config, small_run());
   TestModel<Cpu<bf16>> narrow(config, small_run());
-  m.model.initialise(1), again.model.initialise(1), different.model.initialise(1), wide.model.initialise(1), narrow.model.initialise(1);
+  m.model.initialise(1), again.model.initialise(1), different.model.initialise(1), wide.model.initialise(1),
+      narrow.model.initialise(1);
   seed2.model.initialise(2);
   for (const Parameter& p : m.parameters()) {
     std::vector<float> w = m.read(p);
@@ -391,8 +432,10 @@ TEST(InitialValues, DependOnSeedAndNameAlone) {
       ASSERT_EQ(w[i], float(exact[i])) << p.name;
       ASSERT_EQ(rounded[i], float(bf16(w[i]))) << p.name;
       ASSERT_EQ(exact[i], p.vector ? 1 : scale * random_normal(1, hash_name(p.name), i)) << p.name;
-      if (p.init == Init::residual && p.cols == q.cols) ASSERT_NEAR(v[i], w[i] * std::sqrt(3.0 / 4.0), 1e-8) << p.name;
-      if (p.init != Init::residual) ASSERT_EQ(v[i], w[i]) << p.name << " changed with the other dimensions";
+      // The other model has more rows here and there, and 4 layers, which only scale the residual outputs.
+      if (p.cols == q.cols) {
+        ASSERT_NEAR(v[i], w[i] * (p.init == Init::residual ? std::sqrt(3.0 / 4.0) : 1), 1e-8) << p.name;
+      }
       sum += w[i], squares += w[i] * w[i];
     }
     if (p.vector) continue;
@@ -463,10 +506,13 @@ TEST(Faults, NameLayerTokenAndValue) {
   };
   int64_t V = config.vocab_size;
   EXPECT_EQ(status_of(true, [](auto&, auto&) {}).code, DeviceStatus::ok);
-  expect(status_of(false, [&](auto&, Batch& b) { b.tokens[5] = int32_t(V); }), DeviceStatus::token_out_of_range, -1, 5, V);
+  expect(status_of(false, [&](auto&, Batch& b) { b.tokens[5] = int32_t(V); }), DeviceStatus::token_out_of_range, -1, 5,
+         V);
   expect(status_of(false, [&](auto&, Batch& b) { b.tokens[7] = -2; }), DeviceStatus::token_out_of_range, -1, 7, -2);
-  expect(status_of(false, [&](auto&, Batch& b) { b.targets[9] = int32_t(V); }), DeviceStatus::token_out_of_range, -1, 9, V);
-  expect(status_of(true, [](auto& m, auto&) { m.replay[2][2 * 11 + 1] = 4; }), DeviceStatus::expert_out_of_range, 2, 11, 4);
+  expect(status_of(false, [&](auto&, Batch& b) { b.targets[9] = int32_t(V); }), DeviceStatus::token_out_of_range, -1, 9,
+         V);
+  expect(status_of(true, [](auto& m, auto&) { m.replay[2][2 * 11 + 1] = 4; }), DeviceStatus::expert_out_of_range, 2, 11,
+         4);
   expect(status_of(true, [](auto& m, auto&) { m.replay[0][2 * 3] = -1; }), DeviceStatus::expert_out_of_range, 0, 3, -1);
 }
 

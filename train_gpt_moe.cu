@@ -39,13 +39,18 @@ RunOptions run_options(const Options& o) {
   return r;
 }
 
+void copy_balance(ModelConfig& to, const ModelConfig& from) {
+  to.balance = from.balance, to.balance_scope = from.balance_scope;
+  to.aux_coef = from.aux_coef, to.z_coef = from.z_coef, to.bias_rate = from.bias_rate;
+}
+
 // The model of a checkpoint or Hugging Face directory. What the command line says about the architecture must agree;
 // how experts are balanced while training is the command line's to say.
-ModelConfig model_of(const std::string& dir, const Options& o, ModelFileInfo& info, std::string& model_type) {
-  ModelConfig c = read_hf_config(dir + "/config.json", info, model_type);
-  c.balance = o.model.balance, c.balance_scope = o.model.balance_scope;
-  c.aux_coef = o.model.aux_coef, c.z_coef = o.model.z_coef, c.bias_rate = o.model.bias_rate;
-  if (!o.model_options_given.empty() && c != o.model) {
+ModelConfig model_of(const std::string& dir, const Options& o, bool training, ModelFileInfo& info, std::string& model_type) {
+  ModelConfig c = read_hf_config(dir + "/config.json", info, model_type), asked = o.model;
+  if (training) copy_balance(c, asked);
+  else copy_balance(asked, c);
+  if (!o.model_options_given.empty() && c != asked) {
     std::string given;
     for (const std::string& name : o.model_options_given) given += " " + name;
     fail("the options", given, " do not describe the model in ", dir, " (see its config.json); leave them out to use that model");
@@ -58,7 +63,7 @@ ModelConfig model_of(const std::string& dir, const Options& o, ModelFileInfo& in
 template <class Device>
 RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
   size_t available = available_memory();
-  size_t budget = o.memory_budget > 0 ? size_t(o.memory_budget * double(size_t(1) << 30)) : available;
+  size_t budget = o.memory_budget > 0 ? std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30))) : available;
   auto bytes = [&](const RunOptions& r) { return Model<Device>(dev, o.model, r).plan.arena_bytes(); };
   auto with = [&](const std::vector<Recompute>& policies) {
     RunOptions r = run;
@@ -95,6 +100,15 @@ RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
   fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)), o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ", hint);
 }
 
+// Ids of the prompt, all of which the model must have.
+std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt, int64_t vocab_size) {
+  std::vector<int32_t> ids = tokenizer.encode(prompt);
+  int32_t largest = tokenizer.eot();  // goes before every text
+  for (int32_t id : ids) largest = std::max(largest, id);
+  if (largest >= vocab_size) fail("the prompt needs token ", largest, ", but the model has ids 0 to ", vocab_size - 1, ": its tokenizer is another one");
+  return ids;
+}
+
 // ---- training ----
 
 template <class Device>
@@ -103,8 +117,8 @@ class Trainer {
   Trainer(Device& dev, const Options& o, const RunOptions& run, const ModelFileInfo& info)
       : o_(o), dev_(dev), model_(dev, o.model, run), info_(info), terminal_(isatty(STDOUT_FILENO)) {}
 
-  // Everything that can be refused is, before anything is written.
-  void open_data() {
+  // Everything that can be refused is, before anything is written. known_tokenizer: info has that of an existing model.
+  void open_data(bool known_tokenizer) {
     if (o_.train_data.empty()) fail("--train-data is needed: token shards (see data/)");
     train_ = std::make_unique<DataLoader>(TokenShards(o_.train_data, int(o_.model.vocab_size)), int(o_.seq_len), o_.seed, true);
     if (train_->windows() == 0) fail(o_.train_data, ": no shard holds the ", o_.seq_len + 1, " tokens of one sample; use a smaller --seq-len");
@@ -113,7 +127,10 @@ class Trainer {
       if (val_->shards().tokenizer_id() != train_->shards().tokenizer_id()) fail(o_.val_data, ": made with another tokenizer than ", o_.train_data);
       if (val_->eval_windows() == 0) fail(o_.val_data, ": holds no token to predict");
     }
-    info_.tokenizer_id = train_->shards().tokenizer_id();
+    int shards = train_->shards().tokenizer_id();  // 0: GPT-2, or not known
+    if (known_tokenizer && shards != 0 && shards != info_.tokenizer_id)
+      fail(o_.train_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ", info_.tokenizer_id, " (0 GPT-2, 1 bytes)");
+    if (!known_tokenizer) info_.tokenizer_id = shards;
     info_.seq_len = o_.seq_len;
     samples_per_step_ = o_.total_batch_tokens / o_.seq_len;
     total_steps_ = o_.steps;
@@ -122,13 +139,20 @@ class Trainer {
     schedule_.total_steps = total_steps_;
     schedule_.warmup_steps = std::min(schedule_.warmup_steps, total_steps_ / 2);
     check_schedule(schedule_);
-    if (o_.sample_every) tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::for_id(info_.tokenizer_id, o_.tokenizer_ranks));
+    if (o_.sample_every) {
+      tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::for_id(info_.tokenizer_id, o_.tokenizer_ranks));
+      prompt_ = encode_prompt(*tokenizer_, o_.prompt, o_.model.vocab_size);
+    }
     if (!o_.resume && exists_any(o_.out)) fail("--out ", o_.out, " already holds a run; --resume goes on with it, another --out starts a new one");
     int moe_layers = 0;
     for (int64_t l = 0; l < o_.model.n_layer; ++l) moe_layers += !o_.model.is_dense(l);
-    RoutingFileShape shape{int32_t(o_.model.n_expert), int32_t(o_.model.top_k), int32_t(model_.N()), moe_layers};
-    if (!o_.replay_routing.empty()) replay_ = std::make_unique<RoutingReader>(o_.replay_routing, shape);
-    if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, shape);
+    routing_shape_ = {int32_t(o_.model.n_expert), int32_t(o_.model.top_k), int32_t(model_.N()), moe_layers};
+    if (!o_.replay_routing.empty()) {
+      replay_ = std::make_unique<RoutingReader>(o_.replay_routing, routing_shape_);
+      if (replay_->micro_steps() / o_.micro_steps() < last_step())
+        fail("--replay-routing ", o_.replay_routing, ": holds ", replay_->micro_steps(), " micro-steps; ", last_step(), " steps of ", o_.micro_steps(), " are to be run");
+    }
+    if (!o_.record_routing.empty()) check_record_path();
   }
 
   void start(const std::string& model_type) {
@@ -150,6 +174,7 @@ class Trainer {
       model_.initialise(o_.seed);
     }
     log_ = Logger(o_.out, o_.resume);
+    if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
     peak_ = peak_flops(dev_);
     std::printf("%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s allocated | matmul peak %.0f GFLOP/s\n",
@@ -159,12 +184,12 @@ class Trainer {
   }
 
   void train() {
-    int64_t end = o_.stop_after ? std::min(o_.stop_after, total_steps_) : total_steps_;
+    int64_t end = last_step();
     if (step_ >= end) {
       std::printf("nothing to do: %lld steps of %lld are done\n", (long long)step_, (long long)end);
       return;
     }
-    int64_t saved = step_;
+    int64_t saved = o_.resume ? step_ : -1;
     while (step_ < end && !stop_requested) {
       one_step();
       bool last = step_ == end;
@@ -179,6 +204,18 @@ class Trainer {
 
  private:
   using Clock = std::chrono::steady_clock;
+
+  int64_t last_step() const { return o_.stop_after ? std::min(o_.stop_after, total_steps_) : total_steps_; }
+
+  // The record is created after --out, which may be to hold it.
+  void check_record_path() const {
+    namespace fs = std::filesystem;
+    std::error_code error;
+    fs::path path = fs::absolute(o_.record_routing).lexically_normal(), out = (fs::absolute(o_.out) / "").lexically_normal();
+    if (routing_shape_.layers == 0) fail("--record-routing ", o_.record_routing, ": this model has no MoE layer");
+    if (fs::is_directory(path, error)) fail("--record-routing ", o_.record_routing, ": is a directory");
+    if (path.parent_path() / "" != out && access(path.parent_path().c_str(), W_OK | X_OK) != 0) fail("--record-routing ", o_.record_routing, ": ", errno_text());
+  }
 
   void one_step() {
     auto begin = Clock::now();
@@ -233,11 +270,23 @@ class Trainer {
     }
   }
 
-  std::string skip_reason(const StepStats& s) const {
-    if (s.bad_tensor == -2) return "the loss is not finite";
+  std::string skip_reason(const StepStats& s) {
+    if (s.bad_tensor != -2) bad_weight_.clear();
+    if (s.bad_tensor == -2) {
+      if (bad_weight_.empty()) bad_weight_ = find_bad_weight();
+      return "the loss is not finite (" + bad_weight_ + ")";
+    }
     if (s.bad_tensor >= 0) return "the gradient of " + model_.table.parameters()[s.bad_tensor].name + " is not finite";
     if (s.skip) return "outlier (loss z " + format_number(s.loss_z) + ", norm z " + format_number(s.norm_z) + ")";
     return "";
+  }
+
+  // Where a loss that is not finite may come from.
+  std::string find_bad_weight() {
+    for (const Parameter& p : model_.table.parameters())
+      for (auto value : model_.read_parameter(p))
+        if (!std::isfinite(value)) return "nor is the weight " + p.name;
+    return "all weights are";
   }
 
   void check_status() {
@@ -274,10 +323,15 @@ class Trainer {
 
   void sample() {
     std::vector<int32_t> ids;
-    generate(model_, tokenizer_->encode(o_.prompt), tokenizer_->eot(), o_.max_new_tokens, o_.sampler, o_.seed, [&](int32_t id) {
-      ids.push_back(id);
-      return id < tokenizer_->eot();
-    });
+    try {
+      generate(model_, prompt_, tokenizer_->eot(), o_.max_new_tokens, o_.sampler, o_.seed, [&](int32_t id) {
+        ids.push_back(id);
+        return id < tokenizer_->eot();
+      });
+    } catch (const Error& e) {  // logits that are not finite: no reason to end the run here
+      std::printf("%sno sample at step %lld: %s\n", terminal_ ? "\r\033[K" : "", (long long)step_, e.what());
+      return;
+    }
     if (!ids.empty() && ids.back() >= tokenizer_->eot()) ids.pop_back();
     std::printf("%s--- sample at step %lld\n%s%s\n---\n", terminal_ ? "\r\033[K" : "", (long long)step_, o_.prompt.c_str(), tokenizer_->decode(ids).c_str());
     std::fflush(stdout);
@@ -297,6 +351,9 @@ class Trainer {
   bool terminal_;
   std::unique_ptr<DataLoader> train_, val_;
   std::unique_ptr<Tokenizer> tokenizer_;
+  std::vector<int32_t> prompt_;
+  RoutingFileShape routing_shape_{};
+  std::string bad_weight_;
   std::unique_ptr<RoutingReader> replay_;
   std::unique_ptr<RoutingWriter> record_;
   Logger log_;
@@ -307,11 +364,20 @@ class Trainer {
 
 // ---- what to do ----
 
+// DIR itself, or the newest checkpoint of a run's --out directory.
+std::string checkpoint_directory(const char* option, const std::string& dir) {
+  if (dir.ends_with(".tmp") || dir.ends_with(".tmp/")) require_complete(dir);  // which says that it is not
+  if (access((dir + "/config.json").c_str(), R_OK) == 0) return dir;
+  if (!exists_any(dir)) fail(option, " ", dir, ": no config.json there, and no checkpoint of a run either");
+  return find_latest(dir);
+}
+
 template <class Device>
 void train_main(Options o, Device& dev) {
+  if (!o.init_from.empty()) o.init_from = checkpoint_directory("--init-from", o.init_from);
   std::string source = o.resume ? (o.dry_run ? "" : find_latest(o.out)) : o.init_from, model_type;
   ModelFileInfo info;
-  if (!source.empty()) o.model = model_of(source, o, info, model_type);
+  if (!source.empty()) o.model = model_of(source, o, true, info, model_type);
   RunOptions run = fit_memory(dev, o, run_options(o));
   if (o.memory_report || o.dry_run) {
     RunOptions other = run;
@@ -321,7 +387,7 @@ void train_main(Options o, Device& dev) {
   }
   if (o.dry_run) return;
   Trainer<Device> trainer(dev, o, run, info);
-  trainer.open_data();
+  trainer.open_data(info.own);
   trainer.start(model_type);
   trainer.train();
 }
@@ -330,48 +396,46 @@ void train_main(Options o, Device& dev) {
 template <class Device>
 std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, ModelFileInfo& info, int64_t decode_positions) {
   std::string model_type;
-  ModelConfig config = model_of(o.checkpoint, o, info, model_type);
+  ModelConfig config = model_of(o.checkpoint, o, false, info, model_type);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
   run.decode_positions = decode_positions ? decode_positions : o.context ? o.context : std::clamp<int64_t>(info.seq_len, 2, 4096);
   auto model = std::make_unique<Model<Device>>(dev, config, run);
+  if (size_t available = available_memory(); available && model->plan.arena_bytes() > available)
+    fail("the model needs ", readable_bytes(double(model->plan.arena_bytes())), " and ", readable_bytes(double(available)), " are free");
   model->allocate();
   load_weights(*model, o.checkpoint, model_type);
   return model;
 }
 
-// DIR itself, or the newest checkpoint of a run's --out directory.
-std::string checkpoint_directory(const std::string& dir) {
-  if (access((dir + "/config.json").c_str(), R_OK) == 0) return dir;
-  if (!exists_any(dir)) fail("--checkpoint ", dir, ": no config.json there, and no checkpoint of a run either");
-  return find_latest(dir);
-}
-
 template <class Device>
 void generate_main(Options o, Device& dev) {
-  o.checkpoint = checkpoint_directory(o.checkpoint);
+  o.checkpoint = checkpoint_directory("--checkpoint", o.checkpoint);
   ModelFileInfo info;
   auto model = load_for_use(o, dev, info, 0);
   Tokenizer tokenizer = Tokenizer::for_id(info.tokenizer_id, o.tokenizer_ranks);
+  std::vector<int32_t> prompt = encode_prompt(tokenizer, o.prompt, model->config.vocab_size);
   std::fputs(o.prompt.c_str(), stdout);
-  generate(*model, tokenizer.encode(o.prompt), tokenizer.eot(), o.max_new_tokens, o.sampler, o.seed, [&](int32_t id) {
+  generate(*model, prompt, tokenizer.eot(), o.max_new_tokens, o.sampler, o.seed, [&](int32_t id) {
     if (id == tokenizer.eot()) std::fputs("\n", stdout);  // a document ends, the next begins
     else if (id < tokenizer.vocab_size()) std::fputs(tokenizer.decode(std::span(&id, 1)).c_str(), stdout);
     std::fflush(stdout);
-    return true;
+    return !stop_requested;
   });
   std::fputs("\n", stdout);
 }
 
 template <class Device>
 void export_main(Options o, Device& dev) {
-  o.checkpoint = checkpoint_directory(o.checkpoint);
+  o.checkpoint = checkpoint_directory("--checkpoint", o.checkpoint);
   ModelFileInfo info;
   auto model = load_for_use(o, dev, info, 2);
   std::string reason;
   if (hf_model_type(model->config, &reason) == "gpt_moe") fail("--export hf: no Hugging Face class expresses ", reason, "; the checkpoint can only be used here");
-  if (access((o.out + "/config.json").c_str(), F_OK) == 0) fail("--export hf: ", o.out, " already holds a model; choose another --out");
-  std::filesystem::create_directories(o.out);
+  std::error_code error;
+  if (std::filesystem::exists(o.out, error) && !std::filesystem::is_empty(o.out, error)) fail("--export hf: ", o.out, " is not an empty directory; choose another --out");
+  std::filesystem::create_directories(o.out, error);
+  if (error) fail(o.out, ": cannot create: ", error.message());
   write_model(*model, o.out, info);
   std::printf("wrote %s (%s)\n", o.out.c_str(), hf_model_type(model->config).c_str());
 }

@@ -26,7 +26,7 @@ void cross_entropy(Device& dev, typename Device::Acc* losses, typename Device::R
     for (int64_t v = 1; v < V; ++v) maximum = Acc(row[v]) > maximum ? Acc(row[v]) : maximum;
 #pragma omp simd reduction(+ : sum)
     for (int64_t v = 0; v < V; ++v) sum += exp_of(Acc(row[v]) - maximum);
-    losses[i] = std::log(sum) + maximum - Acc(row[target]);
+    losses[i] = std::log(sum) + (maximum - Acc(row[target]));
     if (!gradient) continue;
     Acc factor = scale / sum, at_target = exp_of(Acc(row[target]) - maximum) * factor - scale;
     for (int64_t v = 0; v < V; ++v) row[v] = Real(exp_of(Acc(row[v]) - maximum) * factor);

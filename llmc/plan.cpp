@@ -8,6 +8,11 @@ const char* category_name(Category c) {
   return names[int(c)];
 }
 
+// Ends are checked as they grow, so that no sum of sizes wraps around.
+static size_t checked_end(size_t end) {
+  if (end > size_t(1) << 62) fail("the plan needs more than 2^62 bytes");
+  return end;
+}
 static size_t aligned(size_t bytes) { return (bytes + Plan::alignment - 1) / Plan::alignment * Plan::alignment; }
 
 TensorInfo* Plan::add(std::string name, std::vector<int64_t> shape, DType dtype, Category category, bool persistent) {
@@ -35,7 +40,7 @@ void Plan::place() {
   for (TensorInfo& t : tensors_) {
     if (!t.persistent) continue;
     t.offset = end;
-    end += aligned(t.bytes);
+    end = checked_end(end + aligned(t.bytes));
   }
   persistent_bytes_ = end;
 
@@ -54,7 +59,7 @@ void Plan::place() {
       offset = std::max(offset, other->offset + aligned(other->bytes));
     }
     t->offset = offset;
-    arena_bytes_ = std::max(arena_bytes_, offset + need);
+    arena_bytes_ = std::max(arena_bytes_, checked_end(offset + need));
     placed.insert(std::upper_bound(placed.begin(), placed.end(), t,
                                    [](auto* a, auto* b) { return a->offset < b->offset; }),
                   t);

@@ -10,7 +10,8 @@ bool ModelConfig::is_dense(int64_t layer) const {
 }
 
 int64_t ModelConfig::capacity(int64_t N) const {
-  return capacity_factor > 0 ? int64_t(std::ceil(capacity_factor * double(N) * double(top_k) / double(n_expert))) : 0;
+  if (!(capacity_factor > 0)) return 0;
+  return int64_t(std::min(1e15, std::ceil(capacity_factor * double(N) * double(top_k) / double(n_expert))));
 }
 
 RouterShape ModelConfig::router(int64_t B, int64_t T) const {
@@ -39,6 +40,7 @@ void ModelConfig::validate() const {
   positive("--n-layer", n_layer), positive("--d-model", d_model), positive("--n-head", n_head);
   positive("--n-kv-head", n_kv_head), positive("--head-dim", head_dim), positive("--vocab-size", vocab_size);
   positive("--n-expert", n_expert), positive("--top-k", top_k), positive("--d-expert", d_expert);
+  if (n_layer > 1024) fail("--n-layer ", n_layer, " is absurd (more than 1024)");
   if (n_head % n_kv_head) fail("--n-head ", n_head, " is not a multiple of --n-kv-head ", n_kv_head);
   if (head_dim % 2) fail("--head-dim ", head_dim, " is odd; rotary embedding pairs its values");
   if (head_dim > max_head_dim) fail("--head-dim ", head_dim, " is more than ", max_head_dim);
@@ -59,10 +61,15 @@ void ModelConfig::validate() const {
   coefficient("--aux-coef", aux_coef), coefficient("--z-coef", z_coef), coefficient("--bias-rate", bias_rate);
   coefficient("--capacity-factor", capacity_factor);
   if (!(route_scale > 0) || !std::isfinite(route_scale)) fail("--route-scale must be positive, not ", route_scale);
-  if (!(rms_norm_eps > 0) || !(rope_theta > 1)) fail("--rms-norm-eps must be > 0 and --rope-theta > 1");
+  if (!(rms_norm_eps > 0) || !(rope_theta > 1) || !std::isfinite(rms_norm_eps) || !std::isfinite(rope_theta))
+    fail("--rms-norm-eps must be > 0 and --rope-theta > 1, both finite");
   if (gate == Gate::softmax && route_scale != 1) fail("--route-scale belongs to --gate sigmoid; softmax gates are not scaled");
   if (balance == Balance::bias && gate == Gate::softmax)
     fail("--balance bias moves the selection bias of --gate sigmoid; use --balance aux with --gate softmax");
+  double C = double(d_model), attention = C * double(head_dim) * 2 * double(n_head + n_kv_head);
+  double mlp = 3 * C * (double(n_expert) * double(d_expert) + double(d_shared) + double(d_dense));
+  double total = 2 * double(vocab_size) * C + double(n_layer) * (attention + mlp);
+  if (total > 1e15) fail("a model of ", total, " parameters is absurd (more than 1e15)");  // 64 bits count the rest
 }
 
 namespace {

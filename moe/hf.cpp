@@ -126,7 +126,8 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
     r("rms_norm_eps", c.rms_norm_eps), r("rope_theta", c.rope_theta);
     int64_t tokenizer = 1;
     r("tokenizer_id", tokenizer);
-    info.tokenizer_id = int(tokenizer);
+    if (tokenizer != 0 && tokenizer != 1) fail(path, ": key 'tokenizer_id' is ", tokenizer, " (0 GPT-2, 1 bytes)");
+    info.tokenizer_id = int(tokenizer), info.own = true;
     c.gate = parse_gate(gate), c.balance = parse_balance(balance), c.balance_scope = parse_balance_scope(scope);
   } else if (model_type == "qwen3_moe" || model_type == "mixtral") {
     bool mixtral = model_type == "mixtral";

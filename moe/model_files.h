@@ -124,6 +124,8 @@ inline TrainerState read_trainer_state(const std::string& dir) {
   auto get = [&](const char* key, auto& value) {
     if (!j.is_object() || !j.contains(key) || !j[key].is_number_integer() || (!j[key].is_number_unsigned() && j[key].get<int64_t>() < 0))
       fail(path, ": key '", key, "' is missing or not a non-negative integer; the checkpoint is damaged");
+    if (std::is_signed_v<std::remove_reference_t<decltype(value)>> && j[key].template get<uint64_t>() > uint64_t(1) << 60)
+      fail(path, ": key '", key, "' is absurd (more than 2^60); the checkpoint is damaged");
     value = j[key].get<std::remove_reference_t<decltype(value)>>();
   };
   get("step", s.step), get("next_sample", s.next_sample), get("seed", s.seed), get("total_steps", s.total_steps);
@@ -161,6 +163,7 @@ void load_optimizer(Model<Device>& model, const std::string& dir) {
   }
   auto detector = model_files::read_tensor<double>(files, dir, "detector", {1 + 2 * OutlierState::window});
   OutlierState outliers;
+  if (!(detector[0] >= 0 && detector[0] < 1e15)) fail(dir, ": tensor detector counts ", detector[0], " steps; the checkpoint is damaged");
   outliers.count = int64_t(detector[0]);
   std::copy_n(detector.begin() + 1, OutlierState::window, outliers.loss);
   std::copy_n(detector.begin() + 1 + OutlierState::window, OutlierState::window, outliers.norm);

@@ -2,6 +2,7 @@
 #include "moe/options.h"
 
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 
@@ -189,13 +190,18 @@ Options parse_options(int argc, char** argv) {
   o.model.balance_scope = parse_balance_scope(names.scope);
   o.model.validate();
   auto positive = [](const char* option, int64_t v) {
-    if (v <= 0 || v > (int64_t(1) << 40)) fail(option, " must be positive, not ", v);
+    if (v <= 0) fail(option, " must be positive, not ", v);
+    if (v > (int64_t(1) << 40)) fail(option, " ", v, " is absurd (more than 2^40)");
   };
   auto not_negative = [](const char* option, int64_t v) {
     if (v < 0) fail(option, " must not be negative, not ", v);
+    if (v > (int64_t(1) << 40)) fail(option, " ", v, " is absurd (more than 2^40)");
+  };
+  auto finite = [](const char* option, double v) {
+    if (!std::isfinite(v)) fail(option, " must be a finite number, not ", v);
   };
   positive("--batch-size", o.batch_size), positive("--seq-len", o.seq_len);
-  if (o.batch_size * o.seq_len * o.model.top_k >= (int64_t(1) << 31))
+  if (double(o.batch_size) * double(o.seq_len) * double(o.model.top_k) >= double(int64_t(1) << 31))
     fail("--batch-size ", o.batch_size, " x --seq-len ", o.seq_len, " x --top-k ", o.model.top_k, " rows pass 2^31; use smaller micro-batches (--total-batch-tokens accumulates)");
   not_negative("--total-batch-tokens", o.total_batch_tokens), not_negative("--steps", o.steps), not_negative("--stop-after", o.stop_after);
   not_negative("--eval-every", o.eval_every), not_negative("--sample-every", o.sample_every);
@@ -204,10 +210,11 @@ Options parse_options(int argc, char** argv) {
   if (o.total_batch_tokens == 0) o.total_batch_tokens = o.batch_size * o.seq_len;
   if (o.total_batch_tokens % (o.batch_size * o.seq_len))
     fail("--total-batch-tokens ", o.total_batch_tokens, " is not a multiple of --batch-size ", o.batch_size, " x --seq-len ", o.seq_len);
-  if (!(o.epochs > 0)) fail("--epochs must be positive, not ", o.epochs);
-  if (!(o.memory_budget >= 0)) fail("--memory-budget must not be negative");
+  if (!(o.epochs > 0 && o.epochs <= 1e6)) fail("--epochs must be positive (at most 1e6), not ", o.epochs);
+  if (!(o.memory_budget >= 0 && o.memory_budget <= 1e9)) fail("--memory-budget is in GiB: not negative, at most 1e9, not ", o.memory_budget);
   if (!(o.adamw.beta1 >= 0 && o.adamw.beta1 < 1 && o.adamw.beta2 >= 0 && o.adamw.beta2 < 1)) fail("--beta1 and --beta2 must be in [0, 1)");
   if (!(o.adamw.eps > 0) || !(o.adamw.weight_decay >= 0)) fail("--adam-eps must be positive and --weight-decay not negative");
+  finite("--adam-eps", o.adamw.eps), finite("--weight-decay", o.adamw.weight_decay);
   if (!(o.rules.clip_norm >= 0 && o.rules.skip_loss_z >= 0 && o.rules.skip_norm_z >= 0)) fail("--clip, --skip-loss-z and --skip-norm-z must not be negative");
   o.schedule.kind = parse_schedule_kind(o.schedule_name);
   check_sampler(o.sampler);
@@ -226,7 +233,10 @@ Options parse_options(int argc, char** argv) {
   for (auto [option, n] : processes)
     if (n != 1) fail(option, " ", n, ": this build runs as a single process; only 1 is possible");
   if (o.resume && !o.init_from.empty()) fail("--resume and --init-from exclude each other: the first goes on with --out, the second starts anew from other weights");
+  if (o.resume && !o.record_routing.empty()) fail("--record-routing records a run from its first step; it cannot go on with --resume");
   if (!o.record_routing.empty() && !o.replay_routing.empty()) fail("--record-routing and --replay-routing exclude each other");
+  if (o.generate && !o.export_format.empty()) fail("--generate and --export exclude each other");
+  if (o.out.empty()) fail("--out must name a directory");
   if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty()) fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");
   return o;
 }

@@ -36,6 +36,7 @@ void RoutingWriter::close() {
 RoutingReader::RoutingReader(const std::string& path, RoutingFileShape expected)
     : path_(path), shape_(expected), file_(std::fopen(path.c_str(), "rb")) {
   if (!file_) fail("--replay-routing ", path, ": ", errno_text());
+  if (expected.layers == 0) fail("--replay-routing ", path, ": this model has no MoE layer");
   char start[8];
   int32_t h[5];
   if (std::fread(start, 1, 8, file_) != 8 || std::memcmp(start, magic, 8) || std::fread(h, 4, 5, file_) != 5 || h[0] != 1)

@@ -61,7 +61,9 @@ class Reference {
     read_elements(key, view, 0, view.elements, values.data());
     return values;
   }
-  Batch batch(const std::string& config) const { return {read<int32_t>(config + ".tokens"), read<int32_t>(config + ".targets")}; }
+  Batch batch(const std::string& config) const {
+    return {read<int32_t>(config + ".tokens"), read<int32_t>(config + ".targets")};
+  }
 
  private:
   explicit Reference(const std::string& path) : file_(path) {
@@ -118,8 +120,12 @@ class Comparison {
     EXPECT_LE(error, bound_) << name;
     if (!(error <= worst_)) worst_ = error, worst_name_ = name;
   }
-  void operator()(const std::string& name, double got, double want) { (*this)(name, std::vector{got}, std::vector{want}); }
-  void print(const std::string& what) const { printf("%-24s worst error %.1e (%s)\n", what.c_str(), worst_, worst_name_.c_str()); }
+  void operator()(const std::string& name, double got, double want) {
+    (*this)(name, std::vector{got}, std::vector{want});
+  }
+  void print(const std::string& what) const {
+    printf("%-24s worst error %.1e (%s)\n", what.c_str(), worst_, worst_name_.c_str());
+  }
 
  private:
   double bound_, worst_ = -1;
@@ -202,7 +208,8 @@ class TestModel {
     for (int64_t m = 0; m < model.options.micro_steps; ++m) {
       model.set_batch(batch.tokens.data() + m * model.N(), batch.targets.data() + m * model.N());
       for (int64_t l = 0; l < layers; ++l)
-        if (model.options.replay_routing && !model.config.is_dense(l)) model.set_replay(l, replay.at(l).data() + m * slots);
+        if (model.options.replay_routing && !model.config.is_dense(l))
+          model.set_replay(l, replay.at(l).data() + m * slots);
       model.micro_step();
       for (int64_t l = 0; l < layers; ++l) {
         if (!model.options.record_routing || model.config.is_dense(l)) continue;
@@ -222,9 +229,20 @@ class TestModel {
     return update();
   }
 
-  // Logits (tokens, V) of the full forward pass, read where the classifier leaves them in an evaluation; `loss` is its
-  // cross-entropy. The tokens of a micro-batch must fit in one chunk of the classifier.
-  std::vector<double> logits(const Batch& batch, double* loss = nullptr) {
+  // Cross-entropy of the tokens of a step.
+  double evaluate(const Batch& batch) {
+    set_params(0);
+    double loss = 0;
+    for (int64_t m = 0; m < model.options.micro_steps; ++m) {
+      model.set_batch(batch.tokens.data() + m * model.N(), batch.targets.data() + m * model.N());
+      model.evaluate();
+      loss += model.read_stats().loss;
+    }
+    return loss;
+  }
+  // Logits (tokens, V) of the full forward pass, read where the classifier leaves them in an evaluation. The tokens of a
+  // micro-batch must fit in one chunk of the classifier.
+  std::vector<double> logits(const Batch& batch) {
     int64_t V = model.config.vocab_size, Vp = model.config.padded_vocab();
     const TensorInfo* scratch = planned("classifier.scratch");
     EXPECT_LE(model.N(), 256);
@@ -232,16 +250,10 @@ class TestModel {
     model.executor().observer = [&](const std::string& op, int) {
       if (op != "classifier") return;
       for (int64_t n = 0; n < model.N(); ++n)
-        for (int64_t v = 0; v < V; ++v) result.push_back(double(Acc(static_cast<const Real*>(scratch->data)[n * Vp + v])));
+        for (int64_t v = 0; v < V; ++v)
+          result.push_back(double(Acc(static_cast<const Real*>(scratch->data)[n * Vp + v])));
     };
-    set_params(0);
-    double sum = 0;
-    for (int64_t m = 0; m < model.options.micro_steps; ++m) {
-      model.set_batch(batch.tokens.data() + m * model.N(), batch.targets.data() + m * model.N());
-      model.evaluate();
-      sum += model.read_stats().loss;
-    }
-    if (loss) *loss = sum;
+    evaluate(batch);
     model.executor().observer = nullptr;
     return result;
   }
@@ -256,7 +268,9 @@ class TestModel {
   // Weights, moments and biases as they are now.
   Trace state() {
     Trace trace;
-    auto add = [&](const std::string& name, const auto& values) { trace.push_back({name, {values.begin(), values.end()}}); };
+    auto add = [&](const std::string& name, const auto& values) {
+      trace.push_back({name, {values.begin(), values.end()}});
+    };
     for (const Parameter& p : parameters()) {
       add(p.name, read(p)), add(p.name + " master", read(p, State::master));
       add(p.name + " m", read(p, State::m)), add(p.name + " v", read(p, State::v));
@@ -265,7 +279,8 @@ class TestModel {
       if (model.has_bias(l)) add("bias " + std::to_string(l), model.read_bias(l));
     return trace;
   }
-  // All that some steps compute: losses, loads and gradients of each, and the state that they leave.
+  // All that some steps compute: losses, loads and gradients of each, the state that they leave, and then an evaluation
+  // and, where decoding is planned, a few tokens of it.
   Trace run(const Batch& batch, int steps, double learning_rate = 1e-2) {
     Trace trace;
     for (int s = 0; s < steps; ++s) {
@@ -282,6 +297,11 @@ class TestModel {
       }
     }
     for (auto& entry : state()) trace.push_back(std::move(entry));
+    trace.push_back({"evaluated loss", {evaluate(batch)}});
+    for (int32_t i = 0; i < model.options.decode_positions; ++i) {
+      model.decode(batch.tokens[i], i);
+      trace.push_back({"decoded logits " + std::to_string(i), decoded_logits()});
+    }
     return trace;
   }
 

@@ -48,13 +48,13 @@ Plain plain_attention(const std::vector<double>& qk, const std::vector<double>& 
 }
 
 template <class Real>
-struct Run {
+struct AttentionRun {
   using Acc = typename Cpu<Real>::Acc;
   Case c;
   Cpu<Real> dev;
   std::vector<Real> qk, qkv, dout, o, dqkv;
   std::vector<Acc> lse;
-  explicit Run(const Case& c, bool plain_matmul = false) : c(c), dev{.plain_matmul = plain_matmul} {
+  explicit AttentionRun(const Case& c, bool plain_matmul = false) : c(c), dev{.plain_matmul = plain_matmul} {
     qk = random_tensor<Real>("qk", c.rows() * c.heads.qk_width(), 1.5);
     qkv = random_tensor<Real>("qkv", c.rows() * c.heads.qkv_width());
     dout = random_tensor<Real>("dout", c.rows() * c.heads.q_width());
@@ -79,7 +79,7 @@ TYPED_TEST(Attention, ForwardIsThePlainFormula) {
   using Real = TypeParam;
   for (const Case& c : kCases)
     for (bool plain_matmul : {false, true}) {
-      Run<Real> run(c, plain_matmul);
+      AttentionRun<Real> run(c, plain_matmul);
       Plain expected = plain_attention(converted<double>(run.qk), converted<double>(run.qkv), c);
       EXPECT_CLOSE(run.o, expected.o, tolerance<Real>()) << "T " << c.T;
       EXPECT_CLOSE(run.lse, expected.lse, tolerance<typename Cpu<Real>::Acc>()) << "T " << c.T;
@@ -88,7 +88,7 @@ TYPED_TEST(Attention, ForwardIsThePlainFormula) {
 
 TEST(Gradients, Attention) {
   for (const Case& c : kCases) {
-    Run<double> run(c);
+    AttentionRun<double> run(c);
     run.backward();
     auto qk = run.qk, qkv = run.qkv;
     // Split the gradient as the inputs are: rotated queries and keys, and values.
@@ -115,11 +115,11 @@ TEST(Gradients, Attention) {
 TYPED_TEST(Attention, BackwardMatchesDouble) {
   using Real = TypeParam;
   for (const Case& c : kCases) {
-    Run<Real> run(c);
-    Run<double> reference(c);
+    AttentionRun<Real> run(c);
+    AttentionRun<double> reference(c);
     run.backward(), reference.backward();
     EXPECT_CLOSE(run.dqkv, reference.dqkv, tolerance<Real>(2)) << "T " << c.T;
-    Run<Real> plain(c, true);
+    AttentionRun<Real> plain(c, true);
     plain.backward();
     EXPECT_CLOSE(plain.dqkv, reference.dqkv, tolerance<Real>(2)) << "T " << c.T;
   }
@@ -128,7 +128,7 @@ TYPED_TEST(Attention, BackwardMatchesDouble) {
 TYPED_TEST(Attention, ScoresOfAnySizeAreFinite) {
   using Real = TypeParam;
   Case c{1, 70, {2, 1, 8}};
-  Run<Real> run(c);
+  AttentionRun<Real> run(c);
   for (Real& v : run.qk) v = from_double<Real>(60 * as_double(v));  // scores of some ten thousand: exp overflows
   run.forward();
   run.backward();
@@ -139,7 +139,7 @@ TYPED_TEST(Attention, ScoresOfAnySizeAreFinite) {
 TYPED_TEST(Attention, APositionSeesNeitherTheFutureNorOtherSequences) {
   using Real = TypeParam;
   Case c{2, 130, {2, 1, 8}};
-  Run<Real> run(c);
+  AttentionRun<Real> run(c);
   auto before = run.o;
   auto change = [&](int64_t n) {
     for (int64_t i = 0; i < c.heads.qk_width(); ++i) run.qk[n * c.heads.qk_width() + i] = from_double<Real>(7);
@@ -157,7 +157,7 @@ TYPED_TEST(Attention, DecodingGivesTheRowsOfTheForwardPass) {
   using Real = TypeParam;
   Case c{2, 70, {4, 2, 6}};
   const int64_t S = 75, width = c.heads.n_kv_head * c.heads.head_dim;
-  Run<Real> run(c);
+  AttentionRun<Real> run(c);
   auto k_cache = poisoned<Real>(c.B * S * width), v_cache = k_cache;  // what is not yet stored must not be read
   const int32_t ahead[2] = {0, 3};                                     // the second sequence is three positions ahead
   std::vector<Real> all(run.o.size());
@@ -190,7 +190,7 @@ TYPED_TEST(Attention, BitsDoNotDependOnTheNumberOfThreads) {
   using Real = TypeParam;
   expect_same_bits_on_any_threads([] {
     Case c{2, 130, {4, 2, 16}};
-    Run<Real> run(c);
+    AttentionRun<Real> run(c);
     run.backward();
     std::vector<int32_t> positions = {9, 4};
     auto cache = random_tensor<Real>("cache", 2 * 10 * 32), o = poisoned<Real>(2 * c.heads.q_width());

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All tests that this machine can run: include arrows, unit tests and whole-model tests, end-to-end runs of the trainer,
+# and everything that reads files or options once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Closes with ctest's summary.   About ten minutes on two cores from a fresh clone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scripts/setup.sh
+dev/check_layers.sh
+
+# Tests run side by side, one thread each.
+export OMP_NUM_THREADS=1
+jobs=$(nproc 2>/dev/null || echo 2)
+generator=()
+command -v ninja >/dev/null 2>&1 && generator=(-G Ninja)
+build() {  # build PRESET FOLDER-SUFFIX
+  [ -f "build-$2/CMakeCache.txt" ] && cmake --preset "$1" >/dev/null || cmake --preset "$1" "${generator[@]}" >/dev/null
+  cmake --build "build-$2" -j "$jobs"
+}
+
+build sanitize sanitize
+ctest --test-dir build-sanitize -j "$jobs" --output-on-failure --no-tests=error
+
+build release test
+ctest --test-dir build-test -j "$jobs" --output-on-failure --no-tests=error
