@@ -78,7 +78,7 @@ class ReferenceState : public testing::TestWithParam<const char*> {
       for (int64_t l = 0; l < c.model.n_layer; ++l)
         if (m.model.has_bias(l)) compare("adamw_bias", m.model.read_bias(l), want("adamw_bias." + std::to_string(l)));
     EXPECT_EQ(m.model.read_status().code, DeviceStatus::ok);
-    compare.print(c.name);
+    compare.print(c.name + " " + dtype_name(dtype_of<typename Device::Real>()));
   }
 };
 TEST_P(ReferenceState, Double) { check<Cpu<double>>(1e-9); }
@@ -103,7 +103,7 @@ TEST_P(ReferenceState, Bf16WithTheReferencesRouting) {
   loss("z_loss", stats.z_loss, r.read(c.name + ".z_loss")[0]);
   for (const Parameter& p : m.parameters())
     gradient("grad." + p.name, m.read(p, TestModel<Cpu<bf16>>::State::grad), r.read(c.name + ".grad." + p.name));
-  loss.print(c.name), gradient.print(c.name);
+  loss.print(c.name + " BF16"), gradient.print(c.name + " BF16");
 }
 INSTANTIATE_TEST_SUITE_P(All, ReferenceState, testing::ValuesIn(reference_configs),
                          [](const auto& info) { return std::string(info.param); });

@@ -155,10 +155,12 @@ class Trainer {
     if (!o_.record_routing.empty()) check_record_path();
   }
 
-  void start(const std::string& model_type) {
+  // source: the directory that weights come from; empty: none.
+  void start(const std::string& source, const std::string& model_type) {
+    if (!source.empty()) check_weights(model_, source, model_type);
     model_.allocate();
     if (o_.resume) {
-      std::string dir = find_latest(o_.out);
+      const std::string& dir = source;
       require_complete(dir);
       TrainerState s = read_trainer_state(dir);
       if (s.seed != o_.seed) fail("--seed ", o_.seed, " differs from the run's ", s.seed, " (", dir, "/trainer.json); the order of samples would change");
@@ -169,7 +171,7 @@ class Trainer {
       step_ = s.step, next_sample_ = s.next_sample;
       std::printf("resumed from %s\n", dir.c_str());
     } else if (!o_.init_from.empty()) {
-      load_weights(model_, o_.init_from, model_type);
+      load_weights(model_, source, model_type);
     } else {
       model_.initialise(o_.seed);
     }
@@ -388,7 +390,7 @@ void train_main(Options o, Device& dev) {
   if (o.dry_run) return;
   Trainer<Device> trainer(dev, o, run, info);
   trainer.open_data(info.own);
-  trainer.start(model_type);
+  trainer.start(source, model_type);
   trainer.train();
 }
 
@@ -401,6 +403,7 @@ std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, Model
   run.B = run.T = 1, run.train = run.evaluate = false;
   run.decode_positions = decode_positions ? decode_positions : o.context ? o.context : std::clamp<int64_t>(info.seq_len, 2, 4096);
   auto model = std::make_unique<Model<Device>>(dev, config, run);
+  check_weights(*model, o.checkpoint, model_type);
   if (size_t available = available_memory(); available && model->plan.arena_bytes() > available)
     fail("the model needs ", readable_bytes(double(model->plan.arena_bytes())), " and ", readable_bytes(double(available)), " are free");
   model->allocate();
@@ -463,7 +466,10 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs\n");
     return 1;
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "train_gpt_moe: %s\n", e.what());
+    std::string line = e.what();  // one line, whatever a file's name or content put into it
+    for (char& c : line)
+      if ((c >= 0 && c < ' ') || c == 127) c = '?';
+    std::fprintf(stderr, "train_gpt_moe: %s\n", line.c_str());
     return 1;
   }
 }

@@ -93,6 +93,11 @@ struct Reader {
     try {
       if constexpr (std::is_same_v<T, int64_t>)
         if (!it->is_number_integer()) fail(path, ": key '", key, "' is not an integer");
+      if constexpr (std::is_same_v<T, double>)
+        if (!it->is_number()) fail(path, ": key '", key, "' is not a number");
+      if constexpr (std::is_same_v<T, std::vector<int64_t>>)
+        for (const auto& element : *it)
+          if (!it->is_array() || !element.is_number_integer()) fail(path, ": key '", key, "' is not a list of integers");
       value = it->get<T>();
     } catch (const nlohmann::json::exception&) {
       fail(path, ": key '", key, "' has the wrong type");
@@ -128,7 +133,11 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
     r("tokenizer_id", tokenizer);
     if (tokenizer != 0 && tokenizer != 1) fail(path, ": key 'tokenizer_id' is ", tokenizer, " (0 GPT-2, 1 bytes)");
     info.tokenizer_id = int(tokenizer), info.own = true;
-    c.gate = parse_gate(gate), c.balance = parse_balance(balance), c.balance_scope = parse_balance_scope(scope);
+    try {
+      c.gate = parse_gate(gate), c.balance = parse_balance(balance), c.balance_scope = parse_balance_scope(scope);
+    } catch (const Error& e) {
+      fail(path, ": ", e.what());
+    }
   } else if (model_type == "qwen3_moe" || model_type == "mixtral") {
     bool mixtral = model_type == "mixtral";
     read("num_hidden_layers", c.n_layer), read("hidden_size", c.d_model), read("num_attention_heads", c.n_head);

@@ -32,9 +32,8 @@ inline std::vector<int64_t> shape_of(const Parameter& p) {
   return p.vector ? std::vector<int64_t>{p.cols} : std::vector<int64_t>{p.rows, p.cols};
 }
 
-// The values of a logical tensor from a file, checked against the shape that the model needs.
-template <class Acc>
-std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name, const std::vector<int64_t>& shape) {
+// A logical tensor of a file, checked against the shape that the model needs.
+inline const TensorView& find_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name, const std::vector<int64_t>& shape) {
   const TensorView& view = files.get(name);
   if (view.shape != shape) {
     auto text = [](const std::vector<int64_t>& s) {
@@ -44,6 +43,13 @@ std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir
     };
     fail(dir, ": tensor ", name, " has shape ", text(view.shape), ", the model needs ", text(shape));
   }
+  return view;
+}
+
+// Its values.
+template <class Acc>
+std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name, const std::vector<int64_t>& shape) {
+  const TensorView& view = find_tensor(files, dir, name, shape);
   std::vector<Acc> values(view.elements);
   read_elements(name, view, 0, view.elements, values.data());
   return values;
@@ -131,6 +137,13 @@ inline TrainerState read_trainer_state(const std::string& dir) {
   get("step", s.step), get("next_sample", s.next_sample), get("seed", s.seed), get("total_steps", s.total_steps);
   get("total_batch_tokens", s.total_batch_tokens), get("seq_len", s.seq_len);
   return s;
+}
+
+// Has a directory every weight of the model? Asked before memory is allocated for what a damaged config.json says.
+template <class Device>
+void check_weights(const Model<Device>& model, const std::string& dir, const std::string& model_type) {
+  SafetensorsDir files(dir, "model");
+  for (const Parameter& p : model.table.parameters()) model_files::find_tensor(files, dir, hf_tensor_name(p.name, model_type), model_files::shape_of(p));
 }
 
 // Fills weights (and the routers' bias) from a checkpoint or Hugging Face directory of the same configuration.

@@ -2,6 +2,7 @@
 #include "moe/options.h"
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -84,7 +85,11 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--clip", o.rules.clip_norm, "largest norm of the gradient; 0: no clipping");
   app.add_option("--skip-loss-z", o.rules.skip_loss_z, "skip updates whose loss is more standard deviations above the last 128; 0: never");
   app.add_option("--skip-norm-z", o.rules.skip_norm_z, "the same for the gradient norm");
-  app.add_option("--seed", o.seed, "of initial weights, order of samples and generation");
+  app.add_option("--seed", o.seed, "of initial weights, order of samples and generation")->check([](const std::string& text) {
+    uint64_t value;  // CLI11 would take -1 and numbers past the end
+    auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    return error == std::errc() && end == text.data() + text.size() ? "" : "'" + text + "' is not a whole number from 0 to 2^64 - 1";
+  });
   app.add_option("--device", o.device, "auto, cpu or cuda");
   app.add_option("--dtype", o.dtype, "bf16, fp32 or fp64; default fp32 on cpu, bf16 on cuda");
   app.add_option("--grad-dtype", o.grad_dtype, "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch, fp32 otherwise");
@@ -142,6 +147,8 @@ std::vector<std::string> parse(int argc, char** argv, Options& o, Names& names) 
     std::string line = e.what();
     for (char& c : line)
       if (c == '\n') c = ' ';
+    const std::string unknown = "INI was not able to parse ";
+    if (line.starts_with(unknown)) line = "--config: no option is called '" + line.substr(unknown.size()) + "'";
     fail(line, " (see --help)");
   }
   std::vector<std::string> given;

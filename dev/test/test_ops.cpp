@@ -38,9 +38,10 @@ TYPED_TEST(Ops, EmbeddingGradientSumsTheRowsOfRepeatedTokensInOrder) {
   using Real = TypeParam;
   using Acc = typename Cpu<Real>::Acc;
   const int64_t N = 150, C = 33, V = 40;
-  auto tokens = random_ints("tokens", N, V / 2);  // the upper half never occurs
+  auto tokens = random_ints("tokens", N, V / 2);  // the upper half hardly occurs
+  tokens[3] = V - 1, tokens[4] = 0;
   tokens[7] = V, tokens[8] = -1;                  // foreign: they contribute nowhere
-  auto dout = random_tensor<Real>("dout", N * C);
+  auto dout = third(random_tensor<Real>("dout", N * C));
   Cpu<Real> dev;
   auto run = [&](Grad<Cpu<Real>> g) {
     Scratch scratch(embedding_backward_scratch_bytes<Cpu<Real>>(N, C, V));
@@ -311,7 +312,7 @@ TYPED_TEST(Ops, BitsDoNotDependOnTheNumberOfThreads) {
   expect_same_bits_on_any_threads([] {
     const int64_t N = 333, C = 19, V = 50;
     auto tokens = random_ints("tokens", N, V);
-    auto table = random_tensor<Real>("table", V * C), out = poisoned<Real>(N * C), dtable = random_tensor<Real>("dtable", V * C);
+    auto table = third(random_tensor<Real>("table", V * C)), out = poisoned<Real>(N * C), dtable = random_tensor<Real>("dtable", V * C);
     Cpu<Real> dev;
     embedding_forward(dev, out.data(), tokens.data(), table.data(), N, C, V);
     Scratch scratch(embedding_backward_scratch_bytes<Cpu<Real>>(N, C, V));
