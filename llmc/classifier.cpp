@@ -4,7 +4,7 @@
 
 template <class Device>
 void cross_entropy(Device& dev, typename Device::Acc* losses, typename Device::Real* logits, const int32_t* targets,
-                   const StepParams* params, int64_t n, int64_t V, int64_t Vp, bool gradient) {
+                   const StepParams* params, int64_t first, int64_t n, int64_t V, int64_t Vp, bool gradient) {
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
   Acc scale = Acc(params->loss_scale);
@@ -14,7 +14,7 @@ void cross_entropy(Device& dev, typename Device::Acc* losses, typename Device::R
     int64_t target = targets[i];
     if (target >= V || target < -1) {
 #pragma omp critical
-      dev.fault(DeviceStatus::token_out_of_range, i, target);
+      dev.fault(DeviceStatus::token_out_of_range, first + i, target);
       target = -1;
     }
     if (target < 0) {
@@ -45,7 +45,7 @@ void loss_sum(Device&, StepStats* stats, const typename Device::Acc* losses, con
 
 #define INSTANTIATE(Real)                                                                                              \
   template void cross_entropy(Cpu<Real>&, Cpu<Real>::Acc*, Real*, const int32_t*, const StepParams*, int64_t, int64_t, \
-                              int64_t, bool);                                                                          \
+                              int64_t, int64_t, bool);                                                                          \
   template void loss_sum(Cpu<Real>&, StepStats*, const Cpu<Real>::Acc*, const StepParams*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

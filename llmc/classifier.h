@@ -7,10 +7,10 @@
 // Of n rows of logits (n,Vp), columns [V,Vp) being padding: losses (n) Acc = logsumexp(row) - row[target], 0 where the
 // target is -1 (ignored). With `gradient`, logits become (softmax - onehot) * params->loss_scale, 0 for ignored rows
 // and padding. The maximum is subtracted first; sums are Acc.
-// Errors: a target outside [-1,V) sets DeviceStatus::token_out_of_range.
+// Errors: a target outside [-1,V) sets DeviceStatus::token_out_of_range; row 0 is token `first` of the micro-batch.
 template <class Device>
 void cross_entropy(Device& dev, typename Device::Acc* losses, typename Device::Real* logits, const int32_t* targets,
-                   const StepParams* params, int64_t n, int64_t V, int64_t Vp, bool gradient);
+                   const StepParams* params, int64_t first, int64_t n, int64_t V, int64_t Vp, bool gradient);
 
 // stats->loss += params->loss_scale * sum of losses (N), in a fixed order; a non-finite loss sets stats->bad_tensor -2.
 template <class Device>
@@ -31,7 +31,7 @@ void classifier(Device& dev, typename Device::Acc* losses, typename Device::Real
   for (int64_t n0 = 0; n0 < N; n0 += chunk) {
     int64_t n = N - n0 < chunk ? N - n0 : chunk;
     matmul_forward(dev, logits, product, x + n0 * C, weight, n, C, Vp);
-    cross_entropy(dev, losses + n0, logits, targets + n0, params, n, V, Vp, dx != nullptr);
+    cross_entropy(dev, losses + n0, logits, targets + n0, params, n0, n, V, Vp, dx != nullptr);
     if (!dx) continue;
     matmul_backward_input(dev, dx + n0 * C, product, logits, weight, n, C, Vp);
     matmul_backward_weight(dev, Grad<Device>{dweight, true}, product, logits, x + n0 * C, n, C, Vp);

@@ -10,38 +10,73 @@
 
 namespace {
 
-// The specification. The inner loop runs over columns of C so that it vectorises; the sum over K is in order.
+// The plain loop keeps a tile of C in registers while the sum over K runs, in order: `tile_m` rows of A against a panel
+// of B two vectors wide, copied so that its rows follow each other.
+#if defined(__AVX512F__)
+constexpr int64_t vector_bytes = 64, tile_m = 8;
+#elif defined(__AVX__)
+constexpr int64_t vector_bytes = 32, tile_m = 4;
+#else
+constexpr int64_t vector_bytes = 16, tile_m = 4;
+#endif
+constexpr int64_t vectors = 2;
+constexpr int64_t panel_k = 256;  // longest sum in registers; a panel of that height stays in L1
+
+template <class Acc>
+struct Vector {
+  static constexpr int64_t lanes = vector_bytes / sizeof(Acc);
+  typedef Acc type __attribute__((vector_size(vector_bytes), aligned(sizeof(Acc)), may_alias));
+};
+
+// C (rows, n) = alpha * A * panel + beta * C. Element (i,k) of A is A[i * row + k * col].
+template <int64_t rows, class Acc>
+void tile_product(int64_t n, int64_t K, Acc alpha, const Acc* A, int64_t row, int64_t col, const Acc* panel, Acc beta,
+                  Acc* C, int64_t ldc) {
+  using Lanes = typename Vector<Acc>::type;
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+  Lanes sum[rows][vectors] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const Acc* b = panel + k * vectors * lanes;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t v = 0; v < vectors; ++v) sum[i][v] += A[i * row + k * col] * *(const Lanes*)(b + v * lanes);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    Acc* c = C + i * ldc;
+    Acc value[vectors * lanes];
+    for (int64_t v = 0; v < vectors; ++v) *(Lanes*)(value + v * lanes) = alpha * sum[i][v];
+    if (beta == 0)
+      std::copy_n(value, n, c);
+    else
+      for (int64_t j = 0; j < n; ++j) c[j] = value[j] + beta * c[j];
+  }
+}
+
 template <class Acc>
 void plain_gemm(bool ta, bool tb, int64_t M, int64_t N, int64_t K, Acc alpha, const Acc* A, int64_t lda, const Acc* B,
                 int64_t ldb, Acc beta, Acc* C, int64_t ldc) {
-  for (int64_t i = 0; i < M; ++i) {
-    Acc* c = C + i * ldc;
-    if (tb) {  // rows of B are contiguous along K: dot products
-      for (int64_t j = 0; j < N; ++j) {
-        const Acc* b = B + j * ldb;
-        Acc sum = 0;
-        if (ta) {
-          for (int64_t k = 0; k < K; ++k) sum += A[k * lda + i] * b[k];
-        } else {
-          const Acc* a = A + i * lda;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t k = 0; k < K; ++k) sum += a[k] * b[k];
-        }
-        c[j] = alpha * sum + (beta == 0 ? Acc(0) : beta * c[j]);
-      }
-    } else {  // a rank-1 update of the row at a time, in tiles of columns that stay in registers or L1
-      for (int64_t j0 = 0; j0 < N; j0 += 64) {
-        int64_t n = std::min<int64_t>(64, N - j0);
-        Acc sum[64] = {};
-        for (int64_t k = 0; k < K; ++k) {
-          Acc a = ta ? A[k * lda + i] : A[i * lda + k];
-          const Acc* b = B + k * ldb + j0;
-          for (int64_t j = 0; j < n; ++j) sum[j] += a * b[j];
-        }
-        for (int64_t j = 0; j < n; ++j) c[j0 + j] = alpha * sum[j] + (beta == 0 ? Acc(0) : beta * c[j0 + j]);
-      }
+  constexpr int64_t width = vectors * Vector<Acc>::lanes;
+  alignas(64) Acc panel[panel_k * width];
+  int64_t row = ta ? 1 : lda, col = ta ? lda : 1;
+  for (int64_t k0 = 0; k0 < std::max<int64_t>(K, 1); k0 += panel_k)
+    for (int64_t j0 = 0; j0 < N; j0 += width) {
+      int64_t k = std::min(panel_k, K - k0), n = std::min(width, N - j0);
+      if (n < width) std::fill_n(panel, k * width, Acc(0));
+      if (tb)
+        for (int64_t j = 0; j < n; ++j)
+          for (int64_t i = 0; i < k; ++i) panel[i * width + j] = B[(j0 + j) * ldb + k0 + i];
+      else
+        for (int64_t i = 0; i < k; ++i) std::copy_n(B + (k0 + i) * ldb + j0, n, panel + i * width);
+      Acc b = k0 == 0 ? beta : Acc(1);
+      const Acc* a = A + k0 * col;
+      int64_t i = 0;
+      auto tiles = [&](auto rows) {
+        for (; i + rows() <= M; i += rows())
+          tile_product<rows()>(n, k, alpha, a + i * row, row, col, panel, b, C + i * ldc + j0, ldc);
+      };
+      tiles(std::integral_constant<int64_t, tile_m>());
+      tiles(std::integral_constant<int64_t, tile_m / 2>());
+      tiles(std::integral_constant<int64_t, 1>());
     }
-  }
 }
 
 #ifdef GPT_MOE_OPENBLAS
@@ -56,7 +91,9 @@ void gemm<float>(bool plain, bool ta, bool tb, int64_t M, int64_t N, int64_t K, 
                  int64_t lda, const float* B, int64_t ldb, float beta, float* C, int64_t ldc) {
   if (M <= 0 || N <= 0) return;
 #if defined(GPT_MOE_DNNL)
-  if (!plain && K > 0 && dnnl_sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', M, N, K, alpha, A, lda, B, ldb, beta, C, ldc) == dnnl_success) return;
+  if (!plain && K > 0 &&
+      dnnl_sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', M, N, K, alpha, A, lda, B, ldb, beta, C, ldc) == dnnl_success)
+    return;
 #elif defined(GPT_MOE_OPENBLAS)
   if (!plain && K > 0)
     return cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A,

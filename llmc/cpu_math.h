@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "llmc/types.h"
 
@@ -18,10 +19,8 @@ void gemm(bool plain, bool trans_a, bool trans_b, int64_t M, int64_t N, int64_t 
           const Acc* B, int64_t ldb, Acc beta, Acc* C, int64_t ldc);
 
 // exp for float in the form that compilers vectorise: 2^n * polynomial(r) with x = n ln 2 + r, |r| <= ln 2 / 2.
-// Relative error under 2e-7. Arguments under -87 give about 1e-38, not 0; NaN gives NaN.
+// Relative error under 2e-7. Arguments under -87 give 0, above 88 infinity; NaN gives NaN.
 inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   float t = x * 1.44269504088896341f + shift;
   float n = t - shift;
@@ -33,13 +32,29 @@ inline float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((std::bit_cast<uint32_t>(t) + 127u) << 23);
+  p *= std::bit_cast<float>((std::bit_cast<uint32_t>(t) + 127u) << 23);
+  p = x < -87.0f ? 0.0f : p;
+  return x > 88.0f ? std::numeric_limits<float>::infinity() : p;
 }
 inline double exp_of(double x) { return std::exp(x); }
 
 template <class Acc>
 inline Acc sigmoid_of(Acc x) {
   return Acc(1) / (Acc(1) + exp_of(-x));
+}
+
+// Sum of term(0) ... term(n-1): 16 interleaved partial sums, then those in a tree. The order does not depend on the
+// width of the machine's vectors.
+template <class Acc, class Term>
+inline Acc sum_of(int64_t n, Term term) {
+  Acc part[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t l = 0; l < 16; ++l) part[l] += term(i + l);
+  for (int64_t l = 0; i < n; ++i, ++l) part[l] += term(i);
+  for (int64_t width = 8; width > 0; width /= 2)
+    for (int64_t l = 0; l < width; ++l) part[l] += part[l + width];
+  return part[0];
 }
 
 // The value that storing as Real and loading again gives.

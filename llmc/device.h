@@ -45,7 +45,9 @@ struct Cpu {
   void to_host(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
   void synchronize() {}
   void fault(DeviceStatus::Code code, int64_t token, int64_t value) {
-    if (status && status->code == DeviceStatus::ok) *status = {code, layer, token, value};
+    if (!status) return;
+    bool earlier = status->code == code && status->layer == layer && token < status->token;  // threads come in any order
+    if (status->code == DeviceStatus::ok || earlier) *status = {code, layer, token, value};
   }
 
   static constexpr size_t alignment = 256;

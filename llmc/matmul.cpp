@@ -58,7 +58,8 @@ void matmul_backward_weight(Device& dev, Grad<Device> dweight, void* scratch, co
     for (int64_t i = 0; i < rows; ++i) {
       Acc* tile = thread_share<Acc>(scratch, share);
       Acc* copy = tile + tile_rows * tile_cols;
-      int64_t i0 = i * tile_rows, j0 = j * tile_cols, m = std::min(tile_rows, OC - i0), n = std::min(tile_cols, IC - j0);
+      int64_t i0 = i * tile_rows, j0 = j * tile_cols, m = std::min(tile_rows, OC - i0),
+              n = std::min(tile_cols, IC - j0);
       for (int64_t k0 = 0; k0 < N; k0 += tile_depth) {
         int64_t k = std::min(tile_depth, N - k0);
         auto A = load_block(dout + k0 * OC + i0, OC, k, m, copy);

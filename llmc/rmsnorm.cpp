@@ -7,9 +7,7 @@ constexpr int64_t block_rows = 64;  // rows whose weight gradient is summed befo
 
 template <class Real, class Acc>
 Acc norm_row(Real* out, const Real* x, const Real* weight, int64_t C, double eps) {
-  Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < C; ++c) sum += Acc(x[c]) * Acc(x[c]);
+  Acc sum = sum_of<Acc>(C, [&](int64_t c) { return Acc(x[c]) * Acc(x[c]); });
   Acc rstd = Acc(1) / std::sqrt(sum / Acc(C) + Acc(eps));
   for (int64_t c = 0; c < C; ++c) out[c] = Real(Acc(x[c]) * rstd * Acc(weight[c]));
   return rstd;
@@ -53,10 +51,8 @@ void rmsnorm_backward(Device&, typename Device::Real* dx, Grad<Device> dweight, 
     std::fill_n(dw, C, Acc(0));
     for (int64_t n = block * block_rows; n < std::min(N, (block + 1) * block_rows); ++n) {
       const Real *xn = x + n * C, *dn = dout + n * C;
-      Acc r = rstd[n], dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t c = 0; c < C; ++c) dot += Acc(dn[c]) * Acc(weight[c]) * Acc(xn[c]);
-      Acc mean = dot * r / Acc(C);
+      Acc r = rstd[n];
+      Acc mean = sum_of<Acc>(C, [&](int64_t c) { return Acc(dn[c]) * Acc(weight[c]) * Acc(xn[c]); }) * r / Acc(C);
       for (int64_t c = 0; c < C; ++c) {
         Acc xhat = Acc(xn[c]) * r;
         dw[c] += Acc(dn[c]) * xhat;
@@ -82,14 +78,14 @@ void residual_add(Device&, typename Device::Real* out, const typename Device::Re
   for (int64_t i = 0; i < n; ++i) out[i] = typename Device::Real(Acc(a[i]) + Acc(b[i]));
 }
 
-#define INSTANTIATE(Real)                                                                                            \
-  template void rmsnorm_forward(Cpu<Real>&, Real*, Cpu<Real>::Acc*, const Real*, const Real*, int64_t, int64_t,      \
-                                double);                                                                             \
-  template void residual_rmsnorm_forward(Cpu<Real>&, Real*, Real*, Cpu<Real>::Acc*, const Real*, const Real*,        \
-                                         const Real*, int64_t, int64_t, double);                                     \
-  template void rmsnorm_backward(Cpu<Real>&, Real*, Grad<Cpu<Real>>, void*, const Real*, const Real*, const Real*,   \
-                                 const Real*, const Cpu<Real>::Acc*, int64_t, int64_t);                              \
-  template size_t rmsnorm_backward_scratch_bytes<Cpu<Real>>(int64_t, int64_t);                                       \
+#define INSTANTIATE(Real)                                                                                          \
+  template void rmsnorm_forward(Cpu<Real>&, Real*, Cpu<Real>::Acc*, const Real*, const Real*, int64_t, int64_t,    \
+                                double);                                                                           \
+  template void residual_rmsnorm_forward(Cpu<Real>&, Real*, Real*, Cpu<Real>::Acc*, const Real*, const Real*,      \
+                                         const Real*, int64_t, int64_t, double);                                   \
+  template void rmsnorm_backward(Cpu<Real>&, Real*, Grad<Cpu<Real>>, void*, const Real*, const Real*, const Real*, \
+                                 const Real*, const Cpu<Real>::Acc*, int64_t, int64_t);                            \
+  template size_t rmsnorm_backward_scratch_bytes<Cpu<Real>>(int64_t, int64_t);                                     \
   template void residual_add(Cpu<Real>&, Real*, const Real*, const Real*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -28,19 +28,15 @@ void qknorm_rope_forward(Device&, typename Device::Real* qk, typename Device::Ac
       const Real* x = qkv + n * heads.qkv_width() + h * HD;
       Real* y = qk + n * heads.qk_width() + h * HD;
       const Real* w = h < heads.n_head ? q_weight : k_weight;
-      Acc v[max_head_dim];
-      for (int64_t i = 0; i < HD; ++i) v[i] = Acc(x[i]);
+      Acc r = 1;
       if (w) {
-        Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < HD; ++i) sum += v[i] * v[i];
-        Acc r = rstd[n * H + h] = Acc(1) / std::sqrt(sum / Acc(HD) + Acc(eps));
-#pragma omp simd
-        for (int64_t i = 0; i < HD; ++i) v[i] *= r * Acc(w[i]);
+        r = Acc(1) / std::sqrt(sum_of<Acc>(HD, [&](int64_t i) { return Acc(x[i]) * Acc(x[i]); }) / Acc(HD) + Acc(eps));
+        rstd[n * H + h] = r;
       }
 #pragma omp simd
       for (int64_t i = 0; i < HD / 2; ++i) {
-        Acc a = v[i], b = v[i + HD / 2];
+        Acc a = Acc(x[i]), b = Acc(x[i + HD / 2]);
+        if (w) a *= r * Acc(w[i]), b *= r * Acc(w[i + HD / 2]);
         y[i] = Real(a * cosine[i] - b * sine[i]);
         y[i + HD / 2] = Real(b * cosine[i] + a * sine[i]);
       }
@@ -75,22 +71,24 @@ void qknorm_rope_backward(Device&, typename Device::Real* dqkv, Grad<Device> dq_
         Real* dy = dqkv + n * heads.qkv_width() + h * HD;
         const Real* x = qkv + n * heads.qkv_width() + h * HD;
         const Real* w = query ? q_weight : k_weight;
+#pragma omp simd
         for (int64_t i = 0; i < HD / 2; ++i) {  // the inverse rotation
           Acc a = Acc(dy[i]), b = Acc(dy[i + HD / 2]);
           d[i] = a * cosine[i] + b * sine[i];
           d[i + HD / 2] = b * cosine[i] - a * sine[i];
         }
         if (w) {  // RMSNorm backward
-          Acc *dw = dw_block + (query ? 0 : HD), r = rstd[n * H + h], dot = 0;
-          for (int64_t i = 0; i < HD; ++i) dot += d[i] * Acc(w[i]) * Acc(x[i]);
-          Acc mean = dot * r / Acc(HD);
+          Acc *dw = dw_block + (query ? 0 : HD), r = rstd[n * H + h];
+          Acc mean = sum_of<Acc>(HD, [&](int64_t i) { return d[i] * Acc(w[i]) * Acc(x[i]); }) * r / Acc(HD);
+#pragma omp simd
           for (int64_t i = 0; i < HD; ++i) {
             Acc xhat = Acc(x[i]) * r;
             dw[i] += d[i] * xhat;
-            d[i] = r * (d[i] * Acc(w[i]) - xhat * mean);
+            dy[i] = Real(r * (d[i] * Acc(w[i]) - xhat * mean));
           }
+        } else {
+          for (int64_t i = 0; i < HD; ++i) dy[i] = Real(d[i]);
         }
-        for (int64_t i = 0; i < HD; ++i) dy[i] = Real(d[i]);
       }
     }
   }
@@ -105,12 +103,12 @@ size_t qknorm_rope_backward_scratch_bytes(int64_t N, HeadShape heads) {
   return size_t((divide_up(N, block_rows) * 2 + omp_get_max_threads()) * heads.head_dim) * sizeof(typename Device::Acc);
 }
 
-#define INSTANTIATE(Real)                                                                                             \
-  template void qknorm_rope_forward(Cpu<Real>&, Real*, Cpu<Real>::Acc*, const Real*, const Real*, const Real*,        \
-                                    const Cpu<Real>::Acc*, const int32_t*, int64_t, HeadShape, double);               \
-  template void qknorm_rope_backward(Cpu<Real>&, Real*, Grad<Cpu<Real>>, Grad<Cpu<Real>>, void*, const Real*,         \
-                                     const Cpu<Real>::Acc*, const Real*, const Real*, const Cpu<Real>::Acc*,          \
-                                     const int32_t*, int64_t, HeadShape);                                             \
+#define INSTANTIATE(Real)                                                                                      \
+  template void qknorm_rope_forward(Cpu<Real>&, Real*, Cpu<Real>::Acc*, const Real*, const Real*, const Real*, \
+                                    const Cpu<Real>::Acc*, const int32_t*, int64_t, HeadShape, double);        \
+  template void qknorm_rope_backward(Cpu<Real>&, Real*, Grad<Cpu<Real>>, Grad<Cpu<Real>>, void*, const Real*,  \
+                                     const Cpu<Real>::Acc*, const Real*, const Real*, const Cpu<Real>::Acc*,   \
+                                     const int32_t*, int64_t, HeadShape);                                      \
   template size_t qknorm_rope_backward_scratch_bytes<Cpu<Real>>(int64_t, HeadShape);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -4,8 +4,8 @@
 
 template <class Device>
 void combine(Device&, typename Device::Real* out, const typename Device::Real* rows,
-             const typename Device::Real* addend, const typename Device::Acc* gates, const int32_t* slot_row,
-             int64_t N, int64_t K, int64_t C) {
+             const typename Device::Real* addend, const typename Device::Acc* gates, const int32_t* slot_row, int64_t N,
+             int64_t K, int64_t C) {
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
   constexpr int64_t chunk = 256;  // columns summed at a time
@@ -25,9 +25,9 @@ void combine(Device&, typename Device::Real* out, const typename Device::Real* r
     }
 }
 
-#define INSTANTIATE(Real)                                                                                    \
-  template void combine(Cpu<Real>&, Real*, const Real*, const Real*, const Cpu<Real>::Acc*, const int32_t*, \
-                        int64_t, int64_t, int64_t);
+#define INSTANTIATE(Real)                                                                                            \
+  template void combine(Cpu<Real>&, Real*, const Real*, const Real*, const Cpu<Real>::Acc*, const int32_t*, int64_t, \
+                        int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

@@ -5,13 +5,13 @@
 
 namespace {
 constexpr int64_t tile_rows = 256;    // rows of an expert handled at a time
-constexpr int64_t weight_rows = 128;  // rows of a weight gradient finished at a time
+constexpr int64_t weight_rows = 256;  // rows of a weight gradient finished at a time
 
 // Calls f(expert, first row, rows) for every tile of rows, in parallel. Tiles never cross experts.
 template <class F>
 void for_each_row_tile(const int32_t* offsets, int64_t E, F f) {
 #pragma omp parallel
-#pragma omp single
+#pragma omp single nowait
   for (int64_t e = 0; e < E; ++e)
     for (int64_t r = offsets[e]; r < offsets[e + 1]; r += tile_rows) {
 #pragma omp task firstprivate(e, r)
@@ -50,7 +50,7 @@ void product(Device& dev, Real* out, int64_t ldo, Acc* tile, Block<Acc> A, Block
 template <class Acc, class Real>
 int64_t share(const ExpertShape& s) {
   int64_t wide = std::max(s.C, 2 * s.F);
-  return 2 * tile_rows * wide + block_size<Acc, Real>(2 * s.F * s.C) + std::max(weight_rows * wide, tile_rows * wide);
+  return 2 * tile_rows * wide + block_size<Acc, Real>(2 * s.F * s.C) + std::max(weight_rows, tile_rows) * wide;
 }
 }  // namespace
 
@@ -106,19 +106,13 @@ void experts_down_backward(Device& dev, typename Device::Real* dh, typename Devi
     auto W = load_block(w2 + e * C * F, F, C, F, weight);
     gemm<Acc>(dev.plain_matmul, false, false, rows, F, C, 1, dO.data, dO.stride, W.data, W.stride, 0, da, F);
     for (int64_t i = 0; i < rows; ++i) {
-      const Real* hi = h + (r + i) * 2 * F;
       Acc *dai = da + i * F, *act = copy;  // the gathered tile has served
-      Acc gate = gates[slot_of_row[r + i]], dot = 0;
-      if (a)
-        for (int64_t f = 0; f < F; ++f) act[f] = Acc(a[(r + i) * F + f]);
-      else
-        swiglu_row(act, hi, F);
-      for (int64_t f = 0; f < F; ++f) act[f] = rounded<Real>(act[f]);
-#pragma omp simd reduction(+ : dot)
-      for (int64_t f = 0; f < F; ++f) dot += dai[f] * act[f];
-      dgates[slot_of_row[r + i]] = dot;
+      Acc gate = gates[slot_of_row[r + i]];
+      swiglu_backward_row(dh + (r + i) * 2 * F, dai, h + (r + i) * 2 * F, gate, F, act);
+      const Real* kept = a ? a + (r + i) * F : nullptr;
+      for (int64_t f = 0; f < F; ++f) act[f] = kept ? Acc(kept[f]) : rounded<Real>(act[f]);
+      dgates[slot_of_row[r + i]] = sum_of<Acc>(F, [&](int64_t f) { return dai[f] * act[f]; });
       for (int64_t f = 0; f < F; ++f) a_scaled[(r + i) * F + f] = Real(gate * act[f]);
-      swiglu_backward_row(dh + (r + i) * 2 * F, dai, hi, gate, F);
     }
   });
 }

@@ -167,6 +167,12 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
       if (kind != "default") fail(path, ": rope_type '", kind, "' is not supported (only default)");
       r.optional("rope_theta", c.rope_theta);
     }
+    std::string act = "silu";
+    read.optional("hidden_act", act);
+    if (act != "silu") fail(path, ": hidden_act '", act, "' is not supported (only silu)");
+    bool sliding = mixtral && j.contains("sliding_window") && !j["sliding_window"].is_null();
+    if (!mixtral) read.optional("use_sliding_window", sliding);
+    if (sliding) fail(path, ": sliding-window attention is not supported");
     if (auto scaling = j.find("rope_scaling"); scaling != j.end() && scaling->is_object()) fail(path, ": rope_scaling is not supported");
     if (!mixtral) {
       read.optional("norm_topk_prob", c.norm_topk_prob);

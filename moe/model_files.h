@@ -2,6 +2,8 @@
 // names), optimizer*.safetensors (master, m, v, detector), trainer.json. Logical names and values only, so that any
 // layout and any dtype loads what any other saved.
 #pragma once
+#include <set>
+
 #include "llmc/checkpoint.h"
 #include "llmc/files.h"
 #include "llmc/safetensors.h"
@@ -139,11 +141,22 @@ inline TrainerState read_trainer_state(const std::string& dir) {
   return s;
 }
 
-// Has a directory every weight of the model? Asked before memory is allocated for what a damaged config.json says.
+// Has a directory every weight of the model, and none that the model lacks (a bias, say, which would be ignored)? Asked
+// before memory is allocated for what a damaged config.json says.
 template <class Device>
 void check_weights(const Model<Device>& model, const std::string& dir, const std::string& model_type) {
   SafetensorsDir files(dir, "model");
-  for (const Parameter& p : model.table.parameters()) model_files::find_tensor(files, dir, hf_tensor_name(p.name, model_type), model_files::shape_of(p));
+  std::set<std::string> known;
+  if (model.config.tied) known.insert("lm_head.weight");  // some writers store the shared matrix twice
+  for (int64_t l = 0; l < model.config.n_layer; ++l)
+    if (model.has_bias(l)) known.insert(model_files::bias_name(l));
+  for (const Parameter& p : model.table.parameters()) {
+    std::string name = hf_tensor_name(p.name, model_type);
+    model_files::find_tensor(files, dir, name, model_files::shape_of(p));
+    known.insert(name);
+  }
+  for (const std::string& name : files.names())
+    if (!known.contains(name)) fail(dir, ": tensor ", shown(name), " has no place in the model that config.json describes");
 }
 
 // Fills weights (and the routers' bias) from a checkpoint or Hugging Face directory of the same configuration.

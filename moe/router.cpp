@@ -88,15 +88,21 @@ void router_forward(Device& dev, typename Device::Acc* gates, int32_t* top_k_ind
           for (int64_t e = 0; e < E; ++e) key[e] = p[e] + (bias ? bias[e] : Acc(0));
           top_k(chosen, key, E, K);
         }
-        Acc chosen_sum = 0, factor = 1;
-        for (int64_t k = 0; k < K; ++k) chosen_sum += p[chosen[k]];
-        if (shape.gate == Gate::softmax) {
-          if (shape.norm_topk_prob) factor = Acc(1) / chosen_sum;
-        } else {
+        // Unscaled gates: p, or for renormalised softmax the softmax over the chosen logits, the same but never 0/0.
+        bool among_chosen = shape.gate == Gate::softmax && shape.norm_topk_prob;
+        Acc largest = si[chosen[0]], chosen_sum = 0, factor = 1;
+        for (int64_t k = 1; k < K; ++k) largest = std::max(largest, si[chosen[k]]);
+        for (int64_t k = 0; k < K; ++k) {
+          Acc gate = among_chosen ? exp_of(si[chosen[k]] - largest) : p[chosen[k]];
+          gates[n * K + k] = gate;
+          chosen_sum += gate;
+        }
+        if (among_chosen) factor = Acc(1) / chosen_sum;
+        if (shape.gate == Gate::sigmoid) {
           factor = Acc(shape.route_scale);
           if (shape.norm_topk_prob) factor /= chosen_sum + Acc(1e-20);
         }
-        for (int64_t k = 0; k < K; ++k) gates[n * K + k] = p[chosen[k]] * factor;
+        for (int64_t k = 0; k < K; ++k) gates[n * K + k] *= factor;
 
         Acc norm = 1;
         if (shape.gate == Gate::sigmoid) {

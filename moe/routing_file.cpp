@@ -48,6 +48,8 @@ RoutingReader::RoutingReader(const std::string& path, RoutingFileShape expected)
   int64_t body = std::ftell(file_) - header_bytes, step = shape_.layer_values() * shape_.value_bytes() * shape_.layers;
   if (body % step) fail(path, ": truncated: ", body, " bytes of choices are not a multiple of the ", step, " of a micro-step");
   micro_steps_ = body / step;
+  for (int64_t m = 0; m < micro_steps_; ++m)  // a bad value is found before the run, not in its middle
+    for (int64_t l = 0; l < shape_.layers; ++l) read(m, l);
 }
 RoutingReader::~RoutingReader() {
   if (file_) std::fclose(file_);

@@ -22,13 +22,17 @@ using AllReals = ::testing::Types<double, float, bf16>;
 
 template <class T>
 double as_double(T v) {
-  if constexpr (std::is_same_v<T, bf16>) return double(float(v));
-  else return double(v);
+  if constexpr (std::is_same_v<T, bf16>)
+    return double(float(v));
+  else
+    return double(v);
 }
 template <class T>
 T from_double(double v) {
-  if constexpr (std::is_same_v<T, bf16>) return bf16(float(v));
-  else return T(v);
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16(float(v));
+  else
+    return T(v);
 }
 template <class To, class From>
 std::vector<To> converted(const std::vector<From>& v) {
@@ -110,7 +114,8 @@ inline double gradient_error(std::vector<double>& x, const std::vector<double>& 
   int64_t n = int64_t(x.size());
   if (int64_t(gradient.size()) != n) return std::numeric_limits<double>::infinity();
   std::vector<int64_t> at(std::min(n, samples));
-  for (int64_t i = 0; i < int64_t(at.size()); ++i) at[i] = n <= samples ? i : int64_t(random_bits(2, 0, i) % uint64_t(n));
+  for (int64_t i = 0; i < int64_t(at.size()); ++i)
+    at[i] = n <= samples ? i : int64_t(random_bits(2, 0, i) % uint64_t(n));
   std::vector<double> difference;
   double squares = 0, worst = 0;
   for (int64_t i : at) {

@@ -16,7 +16,7 @@ struct Case {
   int64_t rows() const { return B * T; }
 };
 // Lengths around the tile of 64, one query head a key head, several, and all on one.
-const std::vector<Case> kCases = {{1, 1, {2, 1, 4}}, {2, 5, {4, 2, 6}},  {2, 64, {2, 2, 5}},
+const std::vector<Case> kCases = {{1, 1, {2, 1, 4}},  {2, 5, {4, 2, 6}},   {2, 64, {2, 2, 5}},
                                   {1, 65, {3, 1, 8}}, {1, 130, {4, 2, 7}}, {3, 63, {1, 1, 16}}};
 
 struct Plain {
@@ -71,7 +71,8 @@ struct AttentionRun {
   void backward() {
     dqkv = poisoned<Real>(c.rows() * c.heads.qkv_width());
     Scratch scratch(attention_scratch_bytes<Cpu<Real>>(c.B, c.T, c.heads));
-    attention_backward(dev, dqkv.data(), scratch, dout.data(), o.data(), lse.data(), qk.data(), qkv.data(), c.B, c.T, c.heads);
+    attention_backward(dev, dqkv.data(), scratch, dout.data(), o.data(), lse.data(), qk.data(), qkv.data(), c.B, c.T,
+                       c.heads);
   }
 };
 
@@ -100,7 +101,8 @@ TEST(Gradients, Attention) {
       }
     auto objective = [&] {
       int64_t width = c.heads.qkv_width() - c.heads.qk_width();
-      for (int64_t n = 0; n < c.rows(); ++n) std::copy_n(&v[n * width], width, &qkv[n * c.heads.qkv_width() + c.heads.qk_width()]);
+      for (int64_t n = 0; n < c.rows(); ++n)
+        std::copy_n(&v[n * width], width, &qkv[n * c.heads.qkv_width() + c.heads.qk_width()]);
       return weighted_sum(plain_attention(qk, qkv, c).o, run.dout);
     };
     if (c.T > 1) {
@@ -143,12 +145,14 @@ TYPED_TEST(Attention, APositionSeesNeitherTheFutureNorOtherSequences) {
   auto before = run.o;
   auto change = [&](int64_t n) {
     for (int64_t i = 0; i < c.heads.qk_width(); ++i) run.qk[n * c.heads.qk_width() + i] = from_double<Real>(7);
-    for (int64_t i = c.heads.qk_width(); i < c.heads.qkv_width(); ++i) run.qkv[n * c.heads.qkv_width() + i] = from_double<Real>(9);
+    for (int64_t i = c.heads.qk_width(); i < c.heads.qkv_width(); ++i)
+      run.qkv[n * c.heads.qkv_width() + i] = from_double<Real>(9);
   };
   for (int64_t t = 70; t < c.T; ++t) change(t);
   run.forward();
   for (int64_t n = 0; n < c.rows(); ++n) {
-    bool same = std::memcmp(&run.o[n * c.heads.q_width()], &before[n * c.heads.q_width()], c.heads.q_width() * sizeof(Real)) == 0;
+    bool same = std::memcmp(&run.o[n * c.heads.q_width()], &before[n * c.heads.q_width()],
+                            c.heads.q_width() * sizeof(Real)) == 0;
     EXPECT_EQ(same, n < 70 || n >= c.T) << n;
   }
 }
@@ -159,7 +163,7 @@ TYPED_TEST(Attention, DecodingGivesTheRowsOfTheForwardPass) {
   const int64_t S = 75, width = c.heads.n_kv_head * c.heads.head_dim;
   AttentionRun<Real> run(c);
   auto k_cache = poisoned<Real>(c.B * S * width), v_cache = k_cache;  // what is not yet stored must not be read
-  const int32_t ahead[2] = {0, 3};                                     // the second sequence is three positions ahead
+  const int32_t ahead[2] = {0, 3};                                    // the second sequence is three positions ahead
   std::vector<Real> all(run.o.size());
   for (int64_t step = -3; step < c.T; ++step) {
     std::vector<int64_t> rows;
@@ -176,9 +180,10 @@ TYPED_TEST(Attention, DecodingGivesTheRowsOfTheForwardPass) {
     }
     auto o = poisoned<Real>(2 * c.heads.q_width());
     Scratch scratch(attention_decode_scratch_bytes<Cpu<Real>>(S, c.heads.head_dim));
-    attention_decode(run.dev, o.data(), k_cache.data(), v_cache.data(), scratch, qk.data(), qkv.data(), positions.data(),
-                     c.B, S, c.heads);
-    for (int b = 0; b < 2; ++b) std::copy_n(&o[b * c.heads.q_width()], c.heads.q_width(), &all[rows[b] * c.heads.q_width()]);
+    attention_decode(run.dev, o.data(), k_cache.data(), v_cache.data(), scratch, qk.data(), qkv.data(),
+                     positions.data(), c.B, S, c.heads);
+    for (int b = 0; b < 2; ++b)
+      std::copy_n(&o[b * c.heads.q_width()], c.heads.q_width(), &all[rows[b] * c.heads.q_width()]);
   }
   EXPECT_CLOSE(all, run.o, tolerance<Real>());
   for (int64_t b = 0; b < c.B; ++b)  // nothing was stored past the last position

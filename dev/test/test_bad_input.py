@@ -98,7 +98,6 @@ class Options(TrainerTest):
         checkpoint = self.trained("--steps", 1, out="good")
         for out in (self.train, self.train / "run", "/proc/run"):
             self.refused(["--export", "hf", "--checkpoint", checkpoint, "--out", out], out)
-        self.refused(self.training("--steps", 1, "--record-routing", "/proc/routing"), "/proc/routing") if os.geteuid() else None
 
     def test_context_beyond_memory(self):
         run = self.trained("--steps", 1)
@@ -215,10 +214,9 @@ class DamagedCheckpoint(TrainerTest):
                     self.refused(["--generate", "--checkpoint", run], path, "" if value == -3 else key.split("_")[0])
         for key, value in (("d_model", 2**24), ("vocab_size", 2**24), ("n_layer", 100), ("head_dim", 8), ("n_head", 4), ("d_expert", 2**23), ("n_expert", 500), ("tokenizer_id", 2),
                            ("qk_norm", False), ("tied", False), ("d_shared", 8)):
-            if key != "qk_norm":  # with fewer tensors than the file has: another model, but a whole one
-                path.write_text(json.dumps({**good, "gpt_moe": {**good["gpt_moe"], key: value}}))
-                self.refused(["--generate", "--checkpoint", run], "")
-                self.refused(self.training("--steps", 4, "--resume", model=[]), "")
+            path.write_text(json.dumps({**good, "gpt_moe": {**good["gpt_moe"], key: value}}))
+            self.refused(["--generate", "--checkpoint", run], run)
+            self.refused(self.training("--steps", 4, "--resume", model=[]))
 
     def test_random_damage(self):
         run = self.trained("--steps", 8, "--stop-after", 5, *"--gate sigmoid --balance bias".split())
@@ -248,8 +246,7 @@ class DamagedCheckpoint(TrainerTest):
                 result = self.execute(*args)
                 if result.returncode:
                     self.one_line(result)
-                    if path != record:  # a wrong expert index shows when its step is reached
-                        self.assertEqual(self.files(), before)
+                    self.assertEqual(self.files(), before)
             if self.path("new").exists():
                 shutil.rmtree(self.path("new"))
             shutil.rmtree(run), shutil.copytree(keep / "run", run)

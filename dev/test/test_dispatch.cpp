@@ -29,15 +29,17 @@ Routing random_routing(const std::string& name, int64_t N, int64_t K, int64_t E,
 }
 
 std::vector<Routing> all_routings() {
-  std::vector<Routing> all = {random_routing("random", 200, 2, 8),       random_routing("skewed", 300, 2, 16, 3),
-                              random_routing("one token", 1, 2, 8),      random_routing("one expert", 50, 1, 1),
-                              random_routing("K = E", 33, 4, 4),         random_routing("E 512, K 16", 100, 16, 512),
-                              random_routing("few of many", 3, 1, 512),  random_routing("one of each", 1, 1, 1)};
-  for (int32_t e : {0, 3, 7}) all.push_back({"all tokens to expert " + std::to_string(e), 70, 1, 8, std::vector<int32_t>(70, e)});
+  std::vector<Routing> all = {random_routing("random", 200, 2, 8),      random_routing("skewed", 300, 2, 16, 3),
+                              random_routing("one token", 1, 2, 8),     random_routing("one expert", 50, 1, 1),
+                              random_routing("K = E", 33, 4, 4),        random_routing("E 512, K 16", 100, 16, 512),
+                              random_routing("few of many", 3, 1, 512), random_routing("one of each", 1, 1, 1)};
+  for (int32_t e : {0, 3, 7})
+    all.push_back({"all tokens to expert " + std::to_string(e), 70, 1, 8, std::vector<int32_t>(70, e)});
   Routing pairs{"all tokens to the same two", 70, 2, 8, {}};
   for (int i = 0; i < 70; ++i) pairs.index.insert(pairs.index.end(), {6, 1});
   all.push_back(pairs);
-  Routing twice{"an expert twice in a token", 20, 2, 4, std::vector<int32_t>(40, 2)};  // no router does it; the plan holds
+  Routing twice{"an expert twice in a token", 20, 2, 4,
+                std::vector<int32_t>(40, 2)};  // no router does it; the plan holds
   all.push_back(twice);
   Routing descending{"descending", 64, 1, 64, {}};
   for (int i = 0; i < 64; ++i) descending.index.push_back(63 - i);
@@ -56,7 +58,8 @@ struct Planned {
   Planned(const Routing& r, int64_t capacity)
       : counts(r.E, -77), offsets(r.E + 1, -77), row_slot(r.N * r.K, -77), slot_row(r.N * r.K, -77) {
     Cpu<float> dev{.status = &status, .layer = 5};
-    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, r.index.data(), r.N, r.K, r.E, capacity);
+    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, r.index.data(), r.N, r.K, r.E,
+                  capacity);
   }
 };
 
@@ -69,8 +72,10 @@ void expect_plan(const Routing& r, int64_t capacity) {
   for (int64_t slot = 0; slot < R; ++slot) {
     int32_t e = r.index[slot];
     bool valid = e >= 0 && e < r.E;
-    if (valid && (capacity == 0 || int64_t(kept[e].size()) < capacity)) kept[e].push_back(int32_t(slot));
-    else EXPECT_EQ(p.slot_row[slot], -1) << slot;
+    if (valid && (capacity == 0 || int64_t(kept[e].size()) < capacity))
+      kept[e].push_back(int32_t(slot));
+    else
+      EXPECT_EQ(p.slot_row[slot], -1) << slot;
   }
   EXPECT_EQ(p.offsets[0], 0);
   int64_t rows = 0;
@@ -104,7 +109,8 @@ void expect_plan(const Routing& r, int64_t capacity) {
 
 TEST(DispatchPlan, HoldsForAnyRoutingAndCapacity) {
   for (const Routing& r : all_routings())
-    for (int64_t capacity : {int64_t(0), int64_t(1), int64_t(2), (r.N * r.K + r.E - 1) / r.E, r.N * r.K, r.N * r.K + 100})
+    for (int64_t capacity :
+         {int64_t(0), int64_t(1), int64_t(2), (r.N * r.K + r.E - 1) / r.E, r.N * r.K, r.N * r.K + 100})
       expect_plan(r, capacity);
 }
 

@@ -43,6 +43,16 @@ class Interrupted(TrainerTest):
                 self.ok(*self.training(*common, "--resume", out=number.name))
                 self.assert_same_run(whole, run)
 
+    def test_before_the_first_step(self):
+        process = self.start(*self.training("--steps", 1500))
+        process.stdout.readline()  # the model's size: training begins
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, error), (0, ""))
+        self.assertIn("stopped by a signal", out)
+        self.ok(*self.training("--steps", 1500, "--resume"))
+        self.assert_same_run(self.trained("--steps", 1500, out="whole"), self.path("run"))
+
     def test_generation_stops(self):
         self.trained("--steps", 1)
         process = self.start("--generate", "--checkpoint", self.path("run"), "--max-new-tokens", 10**9)

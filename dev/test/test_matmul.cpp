@@ -14,9 +14,8 @@ struct Sizes {
   int64_t N, IC, OC;
 };
 // Around and across the tiles: 256 rows, 512 columns, 1024 along the sum of a weight gradient.
-const std::vector<Sizes> kSizes = {{1, 1, 1},     {3, 5, 7},      {256, 8, 512},   {259, 9, 515},
-                                   {259, 515, 9}, {3, 515, 1027}, {1027, 7, 259}, {2051, 3, 5},
-                                   {257, 9, 1300}, {257, 1300, 9}};
+const std::vector<Sizes> kSizes = {{1, 1, 1},      {3, 5, 7},      {256, 8, 512}, {259, 9, 515},  {259, 515, 9},
+                                   {3, 515, 1027}, {1027, 7, 259}, {2051, 3, 5},  {257, 9, 1300}, {257, 1300, 9}};
 
 // The three products, and their reference in double from the same inputs.
 template <class Real>
@@ -32,7 +31,8 @@ struct Products {
     Cpu<Real> dev{.plain_matmul = plain};
     matmul_forward(dev, out.data(), Scratch(bytes(s)), x.data(), w.data(), s.N, s.IC, s.OC);
     matmul_backward_input(dev, dx.data(), Scratch(bytes(s)), dout.data(), w.data(), s.N, s.IC, s.OC);
-    matmul_backward_weight(dev, Grad<Cpu<Real>>{dw.data(), true}, Scratch(bytes(s)), dout.data(), x.data(), s.N, s.IC, s.OC);
+    matmul_backward_weight(dev, Grad<Cpu<Real>>{dw.data(), true}, Scratch(bytes(s)), dout.data(), x.data(), s.N, s.IC,
+                           s.OC);
   }
   static size_t bytes(Sizes s) { return matmul_scratch_bytes<Cpu<Real>>(s.N, s.IC, s.OC); }
 };
@@ -104,7 +104,8 @@ std::vector<int32_t> some_targets() {
 }
 
 // Losses by the textbook, in double.
-std::vector<double> plain_losses(const std::vector<double>& x, const std::vector<double>& w, const std::vector<int32_t>& targets) {
+std::vector<double> plain_losses(const std::vector<double>& x, const std::vector<double>& w,
+                                 const std::vector<int32_t>& targets) {
   std::vector<double> losses;
   for (int64_t n = 0; n < int64_t(targets.size()); ++n) {
     double sum = 0, at_target = 0;
@@ -122,14 +123,16 @@ std::vector<double> plain_losses(const std::vector<double>& x, const std::vector
 template <class Real>
 struct ClassifierRun {
   using Acc = typename Cpu<Real>::Acc;
-  std::vector<Real> x = random_tensor<Real>("x", kN * kC), w = random_tensor<Real>("w", kVp * kC), dx = poisoned<Real>(kN * kC);
+  std::vector<Real> x = random_tensor<Real>("x", kN*kC), w = random_tensor<Real>("w", kVp*kC),
+                    dx = poisoned<Real>(kN * kC);
   std::vector<Acc> losses = poisoned<Acc>(kN), dw = std::vector<Acc>(kVp * kC, Acc(0));
-  ClassifierRun(int64_t chunk, bool train, std::vector<int32_t> targets = some_targets()) {
-    Cpu<Real> dev;
+  ClassifierRun(int64_t chunk, bool train, std::vector<int32_t> targets = some_targets(),
+                DeviceStatus* status = nullptr) {
+    Cpu<Real> dev{.status = status};
     StepParams params{.loss_scale = kScale};
     Scratch scratch(classifier_scratch_bytes<Cpu<Real>>(kC, kVp, chunk));
-    classifier(dev, losses.data(), train ? dx.data() : nullptr, train ? dw.data() : nullptr, scratch, x.data(), w.data(),
-               targets.data(), &params, kN, kC, kV, kVp, chunk);
+    classifier(dev, losses.data(), train ? dx.data() : nullptr, train ? dw.data() : nullptr, scratch, x.data(),
+               w.data(), targets.data(), &params, kN, kC, kV, kVp, chunk);
   }
 };
 
@@ -189,7 +192,7 @@ TYPED_TEST(Classifier, PaddingIsNotReadAndAnyLogitIsStable) {
   auto losses = poisoned<Acc>(2);
   Cpu<Real> dev;
   StepParams params{.loss_scale = 2};
-  cross_entropy(dev, losses.data(), logits.data(), targets.data(), &params, 2, V, Vp, true);
+  cross_entropy(dev, losses.data(), logits.data(), targets.data(), &params, 0, 2, V, Vp, true);
   double gap = as_double(r(10000)) - as_double(r(9999)), p = 1 / (1 + std::exp(gap));
   EXPECT_NEAR(losses[0], -std::log(p), 1e-5 * gap + 1e-6);
   EXPECT_NEAR(losses[1], std::log(3.0), 1e-6);
@@ -207,15 +210,26 @@ TYPED_TEST(Classifier, ForeignTargetsAreReportedAndIgnored) {
     DeviceStatus status;
     Cpu<Real> dev{.status = &status};
     StepParams params;
-    cross_entropy(dev, losses.data(), logits.data(), targets.data(), &params, 2, kV, kVp, false);
+    cross_entropy(dev, losses.data(), logits.data(), targets.data(), &params, 0, 2, kV, kVp, false);
     EXPECT_EQ(status.code, DeviceStatus::ok);
-    cross_entropy(dev, losses.data(), logits.data(), targets.data(), &params, 4, kV, kVp, true);
+    cross_entropy(dev, losses.data(), logits.data(), targets.data(), &params, 10, 4, kV, kVp,
+                  true);  // tokens 10 to 13 of the micro-batch
     EXPECT_EQ(status.code, DeviceStatus::token_out_of_range);
-    EXPECT_EQ(status.token, 2);
+    EXPECT_EQ(status.token, 12);
     EXPECT_EQ(status.value, foreign);
     EXPECT_EQ(losses[2], 0);
     for (int64_t v = 0; v < kVp; ++v) EXPECT_EQ(as_double(logits[2 * kVp + v]), 0);
   }
+}
+
+TYPED_TEST(Classifier, AForeignTargetIsNamedByItsPositionInTheMicroBatch) {
+  using Real = TypeParam;
+  auto targets = some_targets();
+  targets[17] = 99;
+  DeviceStatus status;
+  ClassifierRun<Real> run(5, false, targets, &status);
+  EXPECT_EQ(status.token, 17);
+  EXPECT_EQ(status.value, 99);
 }
 
 TYPED_TEST(Classifier, LossSum) {

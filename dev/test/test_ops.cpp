@@ -40,7 +40,7 @@ TYPED_TEST(Ops, EmbeddingGradientSumsTheRowsOfRepeatedTokensInOrder) {
   const int64_t N = 150, C = 33, V = 40;
   auto tokens = random_ints("tokens", N, V / 2);  // the upper half hardly occurs
   tokens[3] = V - 1, tokens[4] = 0;
-  tokens[7] = V, tokens[8] = -1;                  // foreign: they contribute nowhere
+  tokens[7] = V, tokens[8] = -1;  // foreign: they contribute nowhere
   auto dout = third(random_tensor<Real>("dout", N * C));
   Cpu<Real> dev;
   auto run = [&](Grad<Cpu<Real>> g) {
@@ -74,7 +74,8 @@ TYPED_TEST(Ops, RmsnormForward) {
   using Acc = typename Cpu<Real>::Acc;
   const int64_t N = 70, C = 37;
   const double eps = 0.3;  // large, so that forgetting it shows
-  auto x = random_tensor<Real>("x", N * C), w = random_tensor<Real>("w", C), branch = random_tensor<Real>("branch", N * C);
+  auto x = random_tensor<Real>("x", N * C), w = random_tensor<Real>("w", C),
+       branch = random_tensor<Real>("branch", N * C);
   auto out = poisoned<Real>(N * C), sum = poisoned<Real>(N * C), out2 = out;
   auto rstd = poisoned<Acc>(N), rstd2 = rstd;
   Cpu<Real> dev;
@@ -91,7 +92,8 @@ TYPED_TEST(Ops, RmsnormForward) {
   rmsnorm_forward(dev, out.data(), rstd.data(), sum.data(), w.data(), N, C, eps);
   EXPECT_TRUE(bits_of(out, rstd) == bits_of(out2, rstd2));
   auto in_place = x, out3 = poisoned<Real>(N * C);
-  residual_rmsnorm_forward(dev, in_place.data(), out3.data(), rstd.data(), in_place.data(), branch.data(), w.data(), N, C, eps);
+  residual_rmsnorm_forward(dev, in_place.data(), out3.data(), rstd.data(), in_place.data(), branch.data(), w.data(), N,
+                           C, eps);
   EXPECT_TRUE(bits_of(in_place, out3, rstd) == bits_of(sum, out2, rstd2));
 }
 
@@ -112,13 +114,17 @@ RmsnormGradient<Real> rmsnorm_gradient(int64_t N, int64_t C, bool residual, bool
   RmsnormGradient<Real> g{in_place ? past : poisoned<Real>(N * C), std::vector<Acc>(C, Acc(0))};
   Scratch scratch(rmsnorm_backward_scratch_bytes<Cpu<Real>>(N, C));
   rmsnorm_backward(dev, g.dx.data(), Grad<Cpu<Real>>{g.dw.data(), true}, scratch, dout.data(),
-                   !residual ? nullptr : in_place ? g.dx.data() : past.data(), x.data(), w.data(), rstd.data(), N, C);
+                   !residual  ? nullptr
+                   : in_place ? g.dx.data()
+                              : past.data(),
+                   x.data(), w.data(), rstd.data(), N, C);
   return g;
 }
 
 TEST(Gradients, Rmsnorm) {
   const int64_t N = 67, C = 6;
-  auto x = random_tensor<double>("x", N * C), w = random_tensor<double>("w", C), dout = random_tensor<double>("dout", N * C);
+  auto x = random_tensor<double>("x", N * C), w = random_tensor<double>("w", C),
+       dout = random_tensor<double>("dout", N * C);
   auto past = random_tensor<double>("dresidual", N * C);
   auto g = rmsnorm_gradient<double>(N, C, false, false);
   auto objective = [&] { return weighted_sum(plain_rmsnorm(x, w, C, 0.3), dout); };
@@ -155,7 +161,8 @@ TYPED_TEST(Ops, ResidualAdd) {
   auto a = random_tensor<Real>("a", 99), b = random_tensor<Real>("b", 99), out = poisoned<Real>(99), a2 = a, b2 = b;
   Cpu<Real> dev;
   residual_add(dev, out.data(), a.data(), b.data(), 99);
-  for (int i = 0; i < 99; ++i) EXPECT_EQ(as_double(out[i]), as_double(from_double<Real>(as_double(a[i]) + as_double(b[i]))));
+  for (int i = 0; i < 99; ++i)
+    EXPECT_EQ(as_double(out[i]), as_double(from_double<Real>(as_double(a[i]) + as_double(b[i]))));
   residual_add(dev, a2.data(), a2.data(), b.data(), 99);
   residual_add(dev, b2.data(), a.data(), b2.data(), 99);
   EXPECT_TRUE(bits_of(out) == bits_of(a2) && bits_of(out) == bits_of(b2));
@@ -174,10 +181,12 @@ std::vector<double> plain_qknorm_rope(const std::vector<double>& qkv, const std:
   std::vector<double> out;
   for (size_t n = 0; n < positions.size(); ++n)
     for (int64_t h = 0; h < H; ++h) {
-      std::vector<double> v(qkv.begin() + n * kHeads.qkv_width() + h * HD, qkv.begin() + n * kHeads.qkv_width() + (h + 1) * HD);
+      std::vector<double> v(qkv.begin() + n * kHeads.qkv_width() + h * HD,
+                            qkv.begin() + n * kHeads.qkv_width() + (h + 1) * HD);
       double squares = 0;
       for (double a : v) squares += a * a;
-      for (int64_t i = 0; norm && i < HD; ++i) v[i] *= (h < kHeads.n_head ? qw : kw)[i] / std::sqrt(squares / HD + kEps);
+      for (int64_t i = 0; norm && i < HD; ++i)
+        v[i] *= (h < kHeads.n_head ? qw : kw)[i] / std::sqrt(squares / HD + kEps);
       for (int64_t i = 0; i < HD; ++i) {
         double angle = positions[n] * std::pow(100.0, -2.0 * (i % half) / HD);
         out.push_back(v[i] * std::cos(angle) + (i < half ? -v[i + half] : v[i - half]) * std::sin(angle));
@@ -229,7 +238,8 @@ TEST(Gradients, QknormRope) {
   auto given = random_tensor<double>("dqkv", N * kHeads.qkv_width());
   std::vector<double> weights;
   for (int64_t n = 0; n < N; ++n)
-    weights.insert(weights.end(), given.begin() + n * kHeads.qkv_width(), given.begin() + n * kHeads.qkv_width() + kHeads.qk_width());
+    weights.insert(weights.end(), given.begin() + n * kHeads.qkv_width(),
+                   given.begin() + n * kHeads.qkv_width() + kHeads.qk_width());
   for (bool norm : {false, true}) {
     RopeRun<double> run(N, norm);
     auto objective = [&] { return weighted_sum(plain_qknorm_rope(qkv, qw, kw, norm, some_positions(N)), weights); };
@@ -312,7 +322,8 @@ TYPED_TEST(Ops, BitsDoNotDependOnTheNumberOfThreads) {
   expect_same_bits_on_any_threads([] {
     const int64_t N = 333, C = 19, V = 50;
     auto tokens = random_ints("tokens", N, V);
-    auto table = third(random_tensor<Real>("table", V * C)), out = poisoned<Real>(N * C), dtable = random_tensor<Real>("dtable", V * C);
+    auto table = third(random_tensor<Real>("table", V * C)), out = poisoned<Real>(N * C),
+         dtable = random_tensor<Real>("dtable", V * C);
     Cpu<Real> dev;
     embedding_forward(dev, out.data(), tokens.data(), table.data(), N, C, V);
     Scratch scratch(embedding_backward_scratch_bytes<Cpu<Real>>(N, C, V));

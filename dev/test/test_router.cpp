@@ -81,8 +81,8 @@ struct Literal {
   std::vector<double> gates, lse, prob;
   std::vector<int32_t> index, count;
   double aux = 0, z = 0;
-  Literal(const Options& o, const std::vector<double>& x, const std::vector<double>& wg, const std::vector<double>& bias,
-          const std::vector<int32_t>& chosen) {
+  Literal(const Options& o, const std::vector<double>& x, const std::vector<double>& wg,
+          const std::vector<double>& bias, const std::vector<int32_t>& chosen) {
     const RouterShape& r = o.shape;
     prob.assign(r.G * r.E, 0), count.assign(r.G * r.E, 0);
     for (int64_t n = 0; n < r.N; ++n) {
@@ -93,7 +93,8 @@ struct Literal {
         exps += std::exp(s[e]);
       }
       lse.push_back(std::log(exps));
-      for (int64_t e = 0; e < r.E; ++e) total += p[e] = r.gate == Gate::softmax ? std::exp(s[e]) / exps : 1 / (1 + std::exp(-s[e]));
+      for (int64_t e = 0; e < r.E; ++e)
+        total += p[e] = r.gate == Gate::softmax ? std::exp(s[e]) / exps : 1 / (1 + std::exp(-s[e]));
       for (int64_t e = 0; e < r.E; ++e) share[e] = p[e] / total;
       std::vector<int32_t> order(r.E);
       for (int32_t e = 0; e < r.E; ++e) order[e] = e;
@@ -112,7 +113,8 @@ struct Literal {
       z += kMicroScale * r.z_coef * lse.back() * lse.back() / r.N;
     }
     double tokens = double(r.N) / r.G;
-    for (int64_t i = 0; i < r.G * r.E; ++i) aux += kMicroScale * r.aux_coef * r.E * (count[i] / (tokens * r.K)) * (prob[i] / tokens) / r.G;
+    for (int64_t i = 0; i < r.G * r.E; ++i)
+      aux += kMicroScale * r.aux_coef * r.E * (count[i] / (tokens * r.K)) * (prob[i] / tokens) / r.G;
   }
 };
 
@@ -194,7 +196,8 @@ TYPED_TEST(Router, RenormalisedSoftmaxGatesAreTheSoftmaxOfTheChosenLogits) {
     double exps[3], sum = 0;
     for (int64_t k = 0; k < 3; ++k) {
       double s = 0;
-      for (int64_t c = 0; c < 8; ++c) s += as_double(run.x[n * 8 + c]) * as_double(run.wg[run.index[n * 3 + k] * 8 + c]);
+      for (int64_t c = 0; c < 8; ++c)
+        s += as_double(run.x[n * 8 + c]) * as_double(run.wg[run.index[n * 3 + k] * 8 + c]);
       sum += exps[k] = std::exp(s);
     }
     for (double e : exps) expected.push_back(e / sum);
@@ -304,8 +307,10 @@ TYPED_TEST(Router, NanGivesValidDistinctIndices) {
     for (bool weights : {false, true}) {
       RouterRun<Real> run(o);
       auto nan = poisoned<Real>(1)[0];
-      if (weights) run.wg[2 * 6] = nan;  // the logit of one expert; else all of one token
-      else run.x[7 * 6 + 1] = nan;
+      if (weights)
+        run.wg[2 * 6] = nan;  // the logit of one expert; else all of one token
+      else
+        run.x[7 * 6 + 1] = nan;
       run.forward();
       for (int64_t n = 0; n < 20; ++n) {
         std::set<int32_t> chosen(&run.index[n * 3], &run.index[n * 3] + 3);
@@ -331,6 +336,22 @@ TYPED_TEST(Router, BiasUpdateFollowsTheSignOfTheLoad) {
   load = {1000000000, 1000000000, 1000000000, 1000000001};  // the mean is no integer, the sum no int32
   router_bias_update(dev, bias.data(), load.data(), &stats, 0.25, 4);
   EXPECT_EQ(bias, (std::vector<Acc>{1, Acc(2.5), Acc(3.25), Acc(3.75)}));
+}
+
+// A replayed choice whose probability underflows: its gate is still the softmax over the chosen logits.
+TYPED_TEST(Router, ReplayOfAnUnlikelyChoiceHasFiniteGates) {
+  using Real = TypeParam;
+  using Acc = typename Cpu<Real>::Acc;
+  RouterShape shape{1, 1, 3, 1, 1, Gate::softmax, true, 1, 0, 0};
+  std::vector<Real> x = {Real(1)}, wg = {Real(904), Real(0), Real(1)};
+  std::vector<Acc> gates(1), lse(1), prob(3);
+  std::vector<int32_t> index(1), count(3), replay = {1};
+  std::vector<char> scratch(router_scratch_bytes<Cpu<Real>>(shape));
+  Cpu<Real> dev;
+  router_forward(dev, gates.data(), index.data(), lse.data(), prob.data(), count.data(), scratch.data(), x.data(),
+                 wg.data(), static_cast<const Acc*>(nullptr), replay.data(), shape);
+  EXPECT_EQ(index[0], 1);
+  EXPECT_EQ(gates[0], Acc(1));
 }
 
 TYPED_TEST(Router, BitsDoNotDependOnTheNumberOfThreads) {

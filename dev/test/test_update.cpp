@@ -29,11 +29,13 @@ struct Buffer {
   }
   ParameterView<Cpu<Real>> view(RowMap map, int64_t rows, int64_t cols, int64_t first_partial, bool decay, bool tied) {
     Acc* masters;
-    if constexpr (has_master) masters = master.data();
-    else masters = weight.data();
+    if constexpr (has_master)
+      masters = master.data();
+    else
+      masters = weight.data();
     Grad<Cpu<Real>> g = narrow ? Grad<Cpu<Real>>{narrow_grad.data(), false} : Grad<Cpu<Real>>{grad.data(), true};
-    return {weight.data(), masters, m.data(), v.data(), g, {tied ? second.data() : nullptr, true}, map, rows, cols,
-            first_partial, decay};
+    return {weight.data(), masters, m.data(), v.data(),      g,    {tied ? second.data() : nullptr, true},
+            map,           rows,    cols,     first_partial, decay};
   }
   double master_at(size_t i) const { return has_master ? master[i] : as_double(weight[i]); }
   std::string bits() const { return bits_of(weight, narrow_grad, master, m, v, grad, second); }
@@ -64,7 +66,8 @@ TYPED_TEST(Update, AdamWIsTheTextbookLoop) {
             r.m[i] = 0.9 * r.m[i] + (1 - 0.9) * g;
             r.v[i] = 0.95 * r.v[i] + (1 - 0.95) * g * g;
             double m_hat = r.m[i] / (1 - std::pow(0.9, step)), v_hat = r.v[i] / (1 - std::pow(0.95, step));
-            r.weight[i] -= params.learning_rate * (m_hat / (std::sqrt(v_hat) + 1e-3) + (decay ? 0.1 : 0.0) * r.weight[i]);
+            r.weight[i] -=
+                params.learning_rate * (m_hat / (std::sqrt(v_hat) + 1e-3) + (decay ? 0.1 : 0.0) * r.weight[i]);
             moved.push_back(b.master_at(i) - before.master_at(i));
             expected.push_back(r.weight[i] - old.weight[i]);
             EXPECT_EQ(as_double(b.weight[i]), as_double(from_double<Real>(b.master_at(i))));
@@ -132,8 +135,7 @@ struct NormCase {
   std::vector<Acc> partials = poisoned<Acc>(n_partials);
   NormCase() {
     for (int64_t row = 0; row < 64; ++row)
-      if (!(row >= 16 && row % 16 < 8) && row >= 7)
-        std::fill_n(&b.narrow_grad[row * 5], 5, poisoned<Real>(1)[0]);
+      if (!(row >= 16 && row % 16 < 8) && row >= 7) std::fill_n(&b.narrow_grad[row * 5], 5, poisoned<Real>(1)[0]);
     views = {a.view({0, 1, 1}, 130, 3, 0, true, true), b.view({16, 8, 16}, 24, 5, 3, true, false),
              b.view({0, 1, 1}, 7, 5, 4, false, false)};
   }
@@ -153,7 +155,8 @@ TYPED_TEST(Update, NormPartialsAreBlocksOf64LogicalRows) {
   NormCase<Real> c;
   c.compute();
   std::vector<double> expected(5, 0.0);
-  for (int64_t i = 0; i < 130 * 3; ++i) expected[i / 3 / 64] += std::pow(double(c.a.grad[i]) + double(c.a.second[i]), 2);
+  for (int64_t i = 0; i < 130 * 3; ++i)
+    expected[i / 3 / 64] += std::pow(double(c.a.grad[i]) + double(c.a.second[i]), 2);
   for (int64_t row = 0; row < 64; ++row)
     for (int64_t i = row * 5; i < (row + 1) * 5; ++i) {
       if (row >= 16 && row % 16 < 8) expected[3] += std::pow(as_double(c.b.narrow_grad[i]), 2);
@@ -211,7 +214,8 @@ TYPED_TEST(Update, OutliersAreSkippedOnceTheWindowIsFull) {
   };
   const UpdateRules by_loss{0, 5, 0}, by_norm{0, 0, 5}, never{0, 0, 0};
   OutlierState outliers;
-  for (int64_t i = 0; i < OutlierState::window; ++i) {  // losses 1 and 3, norms 10 and 30: mean 2 and 20, deviation 1 and 10
+  for (int64_t i = 0; i < OutlierState::window;
+       ++i) {  // losses 1 and 3, norms 10 and 30: mean 2 and 20, deviation 1 and 10
     StepStats s = with(i % 2 ? 1 : 3, i % 2 ? 10 : 30, by_loss, &outliers);
     EXPECT_EQ(s.skip, 0) << i;
     EXPECT_EQ(s.loss_z, 0);
