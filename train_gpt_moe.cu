@@ -46,14 +46,18 @@ void copy_balance(ModelConfig& to, const ModelConfig& from) {
 
 // The model of a checkpoint or Hugging Face directory. What the command line says about the architecture must agree;
 // how experts are balanced while training is the command line's to say.
-ModelConfig model_of(const std::string& dir, const Options& o, bool training, ModelFileInfo& info, std::string& model_type) {
+ModelConfig model_of(const std::string& dir, const Options& o, bool training, ModelFileInfo& info,
+                     std::string& model_type) {
   ModelConfig c = read_hf_config(dir + "/config.json", info, model_type), asked = o.model;
-  if (training) copy_balance(c, asked);
-  else copy_balance(asked, c);
+  if (training)
+    copy_balance(c, asked);
+  else
+    copy_balance(asked, c);
   if (!o.model_options_given.empty() && c != asked) {
     std::string given;
     for (const std::string& name : o.model_options_given) given += " " + name;
-    fail("the options", given, " do not describe the model in ", dir, " (see its config.json); leave them out to use that model");
+    fail("the options", given, " do not describe the model in ", dir,
+         " (see its config.json); leave them out to use that model");
   }
   c.validate();
   return c;
@@ -63,7 +67,8 @@ ModelConfig model_of(const std::string& dir, const Options& o, bool training, Mo
 template <class Device>
 RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
   size_t available = available_memory();
-  size_t budget = o.memory_budget > 0 ? std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30))) : available;
+  size_t budget =
+      o.memory_budget > 0 ? std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30))) : available;
   auto bytes = [&](const RunOptions& r) { return Model<Device>(dev, o.model, r).plan.arena_bytes(); };
   auto with = [&](const std::vector<Recompute>& policies) {
     RunOptions r = run;
@@ -71,16 +76,19 @@ RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
     return r;
   };
   if (o.recompute == "auto") {
-    auto policies = choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) { return bytes(with(p)); });
+    auto policies =
+        choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) { return bytes(with(p)); });
     if (policies.empty())
-      fail("--recompute auto: even --recompute block needs ", readable_bytes(double(bytes(with(std::vector<Recompute>(o.model.n_layer, Recompute::block))))),
+      fail("--recompute auto: even --recompute block needs ",
+           readable_bytes(double(bytes(with(std::vector<Recompute>(o.model.n_layer, Recompute::block))))),
            ", more than the ", readable_bytes(double(budget)), " allowed; use a smaller --batch-size or --seq-len");
     run.recompute = policies;
     std::map<std::string, int> count;
     for (Recompute p : policies) ++count[name_of(p)];
     std::printf("recompute auto:");
     for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
-    std::printf(" (plan %s of %s)\n", readable_bytes(double(bytes(run))).c_str(), readable_bytes(double(budget)).c_str());
+    std::printf(" (plan %s of %s)\n", readable_bytes(double(bytes(run))).c_str(),
+                readable_bytes(double(budget)).c_str());
   }
   if (o.dry_run || budget == 0 || bytes(run) <= budget) return run;
   size_t needed = bytes(run);
@@ -91,13 +99,15 @@ RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
       r.recompute.assign(o.model.n_layer, p);
       size_t b = bytes(r);
       if (b > budget) continue;
-      hint = "--batch-size " + std::to_string(r.B) + " --recompute " + name_of(p) + " would fit (" + readable_bytes(double(b)) + ")";
+      hint = "--batch-size " + std::to_string(r.B) + " --recompute " + name_of(p) + " would fit (" +
+             readable_bytes(double(b)) + ")";
       found = true;
       break;
     }
     if (found) break;
   }
-  fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)), o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ", hint);
+  fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)),
+       o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ", hint);
 }
 
 // Ids of the prompt, all of which the model must have.
@@ -105,7 +115,9 @@ std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string
   std::vector<int32_t> ids = tokenizer.encode(prompt);
   int32_t largest = tokenizer.eot();  // goes before every text
   for (int32_t id : ids) largest = std::max(largest, id);
-  if (largest >= vocab_size) fail("the prompt needs token ", largest, ", but the model has ids 0 to ", vocab_size - 1, ": its tokenizer is another one");
+  if (largest >= vocab_size)
+    fail("the prompt needs token ", largest, ", but the model has ids 0 to ", vocab_size - 1,
+         ": its tokenizer is another one");
   return ids;
 }
 
@@ -120,21 +132,27 @@ class Trainer {
   // Everything that can be refused is, before anything is written. known_tokenizer: info has that of an existing model.
   void open_data(bool known_tokenizer) {
     if (o_.train_data.empty()) fail("--train-data is needed: token shards (see data/)");
-    train_ = std::make_unique<DataLoader>(TokenShards(o_.train_data, int(o_.model.vocab_size)), int(o_.seq_len), o_.seed, true);
-    if (train_->windows() == 0) fail(o_.train_data, ": no shard holds the ", o_.seq_len + 1, " tokens of one sample; use a smaller --seq-len");
+    train_ = std::make_unique<DataLoader>(TokenShards(o_.train_data, int(o_.model.vocab_size)), int(o_.seq_len),
+                                          o_.seed, true);
+    if (train_->windows() == 0)
+      fail(o_.train_data, ": no shard holds the ", o_.seq_len + 1, " tokens of one sample; use a smaller --seq-len");
     if (!o_.val_data.empty()) {
-      val_ = std::make_unique<DataLoader>(TokenShards(o_.val_data, int(o_.model.vocab_size)), int(o_.seq_len), o_.seed, false);
-      if (val_->shards().tokenizer_id() != train_->shards().tokenizer_id()) fail(o_.val_data, ": made with another tokenizer than ", o_.train_data);
+      val_ = std::make_unique<DataLoader>(TokenShards(o_.val_data, int(o_.model.vocab_size)), int(o_.seq_len), o_.seed,
+                                          false);
+      if (val_->shards().tokenizer_id() != train_->shards().tokenizer_id())
+        fail(o_.val_data, ": made with another tokenizer than ", o_.train_data);
       if (val_->eval_windows() == 0) fail(o_.val_data, ": holds no token to predict");
     }
     int shards = train_->shards().tokenizer_id();  // 0: GPT-2, or not known
     if (known_tokenizer && shards != 0 && shards != info_.tokenizer_id)
-      fail(o_.train_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ", info_.tokenizer_id, " (0 GPT-2, 1 bytes)");
+      fail(o_.train_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
+           info_.tokenizer_id, " (0 GPT-2, 1 bytes)");
     if (!known_tokenizer) info_.tokenizer_id = shards;
     info_.seq_len = o_.seq_len;
     samples_per_step_ = o_.total_batch_tokens / o_.seq_len;
     total_steps_ = o_.steps;
-    if (total_steps_ == 0) total_steps_ = std::max<int64_t>(1, int64_t(o_.epochs * double(train_->windows()) / double(samples_per_step_)));
+    if (total_steps_ == 0)
+      total_steps_ = std::max<int64_t>(1, int64_t(o_.epochs * double(train_->windows()) / double(samples_per_step_)));
     schedule_ = o_.schedule;
     schedule_.total_steps = total_steps_;
     schedule_.warmup_steps = std::min(schedule_.warmup_steps, total_steps_ / 2);
@@ -143,14 +161,16 @@ class Trainer {
       tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::for_id(info_.tokenizer_id, o_.tokenizer_ranks));
       prompt_ = encode_prompt(*tokenizer_, o_.prompt, o_.model.vocab_size);
     }
-    if (!o_.resume && exists_any(o_.out)) fail("--out ", o_.out, " already holds a run; --resume goes on with it, another --out starts a new one");
+    if (!o_.resume && exists_any(o_.out))
+      fail("--out ", o_.out, " already holds a run; --resume goes on with it, another --out starts a new one");
     int moe_layers = 0;
     for (int64_t l = 0; l < o_.model.n_layer; ++l) moe_layers += !o_.model.is_dense(l);
     routing_shape_ = {int32_t(o_.model.n_expert), int32_t(o_.model.top_k), int32_t(model_.N()), moe_layers};
     if (!o_.replay_routing.empty()) {
       replay_ = std::make_unique<RoutingReader>(o_.replay_routing, routing_shape_);
       if (replay_->micro_steps() / o_.micro_steps() < last_step())
-        fail("--replay-routing ", o_.replay_routing, ": holds ", replay_->micro_steps(), " micro-steps; ", last_step(), " steps of ", o_.micro_steps(), " are to be run");
+        fail("--replay-routing ", o_.replay_routing, ": holds ", replay_->micro_steps(), " micro-steps; ", last_step(),
+             " steps of ", o_.micro_steps(), " are to be run");
     }
     if (!o_.record_routing.empty()) check_record_path();
   }
@@ -163,9 +183,13 @@ class Trainer {
       const std::string& dir = source;
       require_complete(dir);
       TrainerState s = read_trainer_state(dir);
-      if (s.seed != o_.seed) fail("--seed ", o_.seed, " differs from the run's ", s.seed, " (", dir, "/trainer.json); the order of samples would change");
-      if (s.seq_len != o_.seq_len) fail("--seq-len ", o_.seq_len, " differs from the run's ", s.seq_len, "; the order of samples would change");
-      if (s.total_steps != total_steps_) std::printf("note: the schedule had %lld steps, now %lld\n", (long long)s.total_steps, (long long)total_steps_);
+      if (s.seed != o_.seed)
+        fail("--seed ", o_.seed, " differs from the run's ", s.seed, " (", dir,
+             "/trainer.json); the order of samples would change");
+      if (s.seq_len != o_.seq_len)
+        fail("--seq-len ", o_.seq_len, " differs from the run's ", s.seq_len, "; the order of samples would change");
+      if (s.total_steps != total_steps_)
+        std::printf("note: the schedule had %lld steps, now %lld\n", (long long)s.total_steps, (long long)total_steps_);
       load_weights(model_, dir, model_type);
       load_optimizer(model_, dir);
       step_ = s.step, next_sample_ = s.next_sample;
@@ -179,9 +203,12 @@ class Trainer {
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
     peak_ = peak_flops(dev_);
-    std::printf("%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s allocated | matmul peak %.0f GFLOP/s\n",
-                (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(), (long long)o_.seq_len,
-                (long long)total_steps_, (long long)o_.total_batch_tokens, readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
+    std::printf(
+        "%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s "
+        "allocated | matmul peak %.0f GFLOP/s\n",
+        (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(),
+        (long long)o_.seq_len, (long long)total_steps_, (long long)o_.total_batch_tokens,
+        readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
     std::fflush(stdout);
   }
 
@@ -213,10 +240,12 @@ class Trainer {
   void check_record_path() const {
     namespace fs = std::filesystem;
     std::error_code error;
-    fs::path path = fs::absolute(o_.record_routing).lexically_normal(), out = (fs::absolute(o_.out) / "").lexically_normal();
+    fs::path path = fs::absolute(o_.record_routing).lexically_normal(),
+             out = (fs::absolute(o_.out) / "").lexically_normal();
     if (routing_shape_.layers == 0) fail("--record-routing ", o_.record_routing, ": this model has no MoE layer");
     if (fs::is_directory(path, error)) fail("--record-routing ", o_.record_routing, ": is a directory");
-    if (path.parent_path() / "" != out && access(path.parent_path().c_str(), W_OK | X_OK) != 0) fail("--record-routing ", o_.record_routing, ": ", errno_text());
+    if (path.parent_path() / "" != out && access(path.parent_path().c_str(), W_OK | X_OK) != 0)
+      fail("--record-routing ", o_.record_routing, ": ", errno_text());
   }
 
   void one_step() {
@@ -255,8 +284,10 @@ class Trainer {
     r.skipped = skip_reason(r.stats);
     log_.train(step_, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
-    if (terminal_) std::printf("\r\033[K%s", step_line(r, true).c_str());
-    else if (step_ == 1 || step_ % 10 == 0 || step_ == total_steps_ || !r.skipped.empty()) std::printf("%s\n", step_line(r, false).c_str());
+    if (terminal_)
+      std::printf("\r\033[K%s", step_line(r, true).c_str());
+    else if (step_ == 1 || step_ % 10 == 0 || step_ == total_steps_ || !r.skipped.empty())
+      std::printf("%s\n", step_line(r, false).c_str());
     std::fflush(stdout);
   }
 
@@ -266,8 +297,10 @@ class Trainer {
     int64_t moe_layer = 0;
     for (int64_t l = 0; l < o_.model.n_layer; ++l) {
       if (o_.model.is_dense(l)) continue;
-      if (before) model_.set_replay(l, replay_->read(micro_step, moe_layer).data());
-      else record_->append(model_.read_routing(l));
+      if (before)
+        model_.set_replay(l, replay_->read(micro_step, moe_layer).data());
+      else
+        record_->append(model_.read_routing(l));
       ++moe_layer;
     }
   }
@@ -294,8 +327,9 @@ class Trainer {
   void check_status() {
     DeviceStatus s = model_.read_status();
     if (s.code == DeviceStatus::ok) return;
-    fail("step ", step_, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value, " is out of range",
-         s.layer >= 0 ? " in layer " + std::to_string(s.layer) : std::string(), " at token ", s.token, " of the micro-batch");
+    fail("step ", step_, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value,
+         " is out of range", s.layer >= 0 ? " in layer " + std::to_string(s.layer) : std::string(), " at token ",
+         s.token, " of the micro-batch");
   }
 
   void evaluate() {
@@ -308,8 +342,10 @@ class Trainer {
     for (int64_t w = 0; w < val_->eval_windows(); w += o_.batch_size) {
       for (int64_t b = 0; b < o_.batch_size; ++b) {
         int32_t *in = &tokens[b * o_.seq_len], *out = &targets[b * o_.seq_len];
-        if (w + b < val_->eval_windows()) val_->eval_sample(w + b, in, out);
-        else std::fill_n(in, o_.seq_len, 0), std::fill_n(out, o_.seq_len, -1);
+        if (w + b < val_->eval_windows())
+          val_->eval_sample(w + b, in, out);
+        else
+          std::fill_n(in, o_.seq_len, 0), std::fill_n(out, o_.seq_len, -1);
       }
       model_.set_batch(tokens.data(), targets.data());
       model_.evaluate();
@@ -318,8 +354,9 @@ class Trainer {
     double loss = sum / double(val_->eval_targets());
     log_.validation(step_, loss);
     log_.record({{"step", step_}, {"val_loss", loss}});
-    std::printf("%sstep %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s\n", terminal_ ? "\r\033[K" : "", (long long)step_, (long long)total_steps_, loss,
-                (long long)val_->eval_targets(), std::chrono::duration<double>(Clock::now() - begin).count());
+    std::printf("%sstep %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s\n", terminal_ ? "\r\033[K" : "",
+                (long long)step_, (long long)total_steps_, loss, (long long)val_->eval_targets(),
+                std::chrono::duration<double>(Clock::now() - begin).count());
     std::fflush(stdout);
   }
 
@@ -335,7 +372,8 @@ class Trainer {
       return;
     }
     if (!ids.empty() && ids.back() >= tokenizer_->eot()) ids.pop_back();
-    std::printf("%s--- sample at step %lld\n%s%s\n---\n", terminal_ ? "\r\033[K" : "", (long long)step_, o_.prompt.c_str(), tokenizer_->decode(ids).c_str());
+    std::printf("%s--- sample at step %lld\n%s%s\n---\n", terminal_ ? "\r\033[K" : "", (long long)step_,
+                o_.prompt.c_str(), tokenizer_->decode(ids).c_str());
     std::fflush(stdout);
   }
 
@@ -385,7 +423,10 @@ void train_main(Options o, Device& dev) {
     RunOptions other = run;
     other.dispatch = Dispatch::materialized;
     Model<Device> ours(dev, o.model, run), materialized(dev, o.model, other);
-    std::fputs(memory_report(summarize(ours.plan, o.model), summarize(materialized.plan, o.model), o.model, run, sizeof(typename Device::Real)).c_str(), stdout);
+    std::fputs(memory_report(summarize(ours.plan, o.model), summarize(materialized.plan, o.model), o.model, run,
+                             sizeof(typename Device::Real))
+                   .c_str(),
+               stdout);
   }
   if (o.dry_run) return;
   Trainer<Device> trainer(dev, o, run, info);
@@ -396,16 +437,20 @@ void train_main(Options o, Device& dev) {
 
 // A model loaded from --checkpoint, for decoding only (or nothing but its weights).
 template <class Device>
-std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, ModelFileInfo& info, int64_t decode_positions) {
+std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, ModelFileInfo& info,
+                                            int64_t decode_positions) {
   std::string model_type;
   ModelConfig config = model_of(o.checkpoint, o, false, info, model_type);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
-  run.decode_positions = decode_positions ? decode_positions : o.context ? o.context : std::clamp<int64_t>(info.seq_len, 2, 4096);
+  run.decode_positions = decode_positions ? decode_positions
+                         : o.context      ? o.context
+                                          : std::clamp<int64_t>(info.seq_len, 2, 4096);
   auto model = std::make_unique<Model<Device>>(dev, config, run);
   check_weights(*model, o.checkpoint, model_type);
   if (size_t available = available_memory(); available && model->plan.arena_bytes() > available)
-    fail("the model needs ", readable_bytes(double(model->plan.arena_bytes())), " and ", readable_bytes(double(available)), " are free");
+    fail("the model needs ", readable_bytes(double(model->plan.arena_bytes())), " and ",
+         readable_bytes(double(available)), " are free");
   model->allocate();
   load_weights(*model, o.checkpoint, model_type);
   return model;
@@ -420,8 +465,10 @@ void generate_main(Options o, Device& dev) {
   std::vector<int32_t> prompt = encode_prompt(tokenizer, o.prompt, model->config.vocab_size);
   std::fputs(o.prompt.c_str(), stdout);
   generate(*model, prompt, tokenizer.eot(), o.max_new_tokens, o.sampler, o.seed, [&](int32_t id) {
-    if (id == tokenizer.eot()) std::fputs("\n", stdout);  // a document ends, the next begins
-    else if (id < tokenizer.vocab_size()) std::fputs(tokenizer.decode(std::span(&id, 1)).c_str(), stdout);
+    if (id == tokenizer.eot())
+      std::fputs("\n", stdout);  // a document ends, the next begins
+    else if (id < tokenizer.vocab_size())
+      std::fputs(tokenizer.decode(std::span(&id, 1)).c_str(), stdout);
     std::fflush(stdout);
     return !stop_requested;
   });
@@ -434,9 +481,11 @@ void export_main(Options o, Device& dev) {
   ModelFileInfo info;
   auto model = load_for_use(o, dev, info, 2);
   std::string reason;
-  if (hf_model_type(model->config, &reason) == "gpt_moe") fail("--export hf: no Hugging Face class expresses ", reason, "; the checkpoint can only be used here");
+  if (hf_model_type(model->config, &reason) == "gpt_moe")
+    fail("--export hf: no Hugging Face class expresses ", reason, "; the checkpoint can only be used here");
   std::error_code error;
-  if (std::filesystem::exists(o.out, error) && !std::filesystem::is_empty(o.out, error)) fail("--export hf: ", o.out, " is not an empty directory; choose another --out");
+  if (std::filesystem::exists(o.out, error) && !std::filesystem::is_empty(o.out, error))
+    fail("--export hf: ", o.out, " is not an empty directory; choose another --out");
   std::filesystem::create_directories(o.out, error);
   if (error) fail(o.out, ": cannot create: ", error.message());
   write_model(*model, o.out, info);
@@ -447,9 +496,12 @@ template <class Device>
 void run(const Options& o) {
   Device dev;
   dev.plain_matmul = o.plain_matmul;
-  if (o.generate) generate_main(o, dev);
-  else if (!o.export_format.empty()) export_main(o, dev);
-  else train_main(o, dev);
+  if (o.generate)
+    generate_main(o, dev);
+  else if (!o.export_format.empty())
+    export_main(o, dev);
+  else
+    train_main(o, dev);
 }
 
 }  // namespace
@@ -459,9 +511,12 @@ int main(int argc, char** argv) {
     Options o = parse_options(argc, argv);
     std::signal(SIGINT, [](int) { stop_requested = 1; });
     std::signal(SIGTERM, [](int) { stop_requested = 1; });
-    if (o.dtype == "fp32") run<Cpu<float>>(o);
-    else if (o.dtype == "bf16") run<Cpu<bf16>>(o);
-    else run<Cpu<double>>(o);
+    if (o.dtype == "fp32")
+      run<Cpu<float>>(o);
+    else if (o.dtype == "bf16")
+      run<Cpu<bf16>>(o);
+    else
+      run<Cpu<double>>(o);
   } catch (const std::bad_alloc&) {
     std::fprintf(stderr, "train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs\n");
     return 1;

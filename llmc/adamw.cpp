@@ -33,9 +33,9 @@ void adamw(Device&, const ParameterView<Device>* views, const StepParams* params
   }
 }
 
-#define INSTANTIATE(Real)                                                                               \
-  template void adamw(Cpu<Real>&, const ParameterView<Cpu<Real>>*, const StepParams*, const StepStats*, \
-                      int64_t, AdamWConfig);
+#define INSTANTIATE(Real)                                                                                        \
+  template void adamw(Cpu<Real>&, const ParameterView<Cpu<Real>>*, const StepParams*, const StepStats*, int64_t, \
+                      AdamWConfig);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

@@ -45,7 +45,7 @@ void loss_sum(Device&, StepStats* stats, const typename Device::Acc* losses, con
 
 #define INSTANTIATE(Real)                                                                                              \
   template void cross_entropy(Cpu<Real>&, Cpu<Real>::Acc*, Real*, const int32_t*, const StepParams*, int64_t, int64_t, \
-                              int64_t, int64_t, bool);                                                                          \
+                              int64_t, int64_t, bool);                                                                 \
   template void loss_sum(Cpu<Real>&, StepStats*, const Cpu<Real>::Acc*, const StepParams*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -39,5 +39,6 @@ void classifier(Device& dev, typename Device::Acc* losses, typename Device::Real
 }
 template <class Device>
 size_t classifier_scratch_bytes(int64_t C, int64_t Vp, int64_t chunk) {
-  return (size_t(chunk * Vp) * sizeof(typename Device::Real) + 255) / 256 * 256 + matmul_scratch_bytes<Device>(chunk, C, Vp);
+  return (size_t(chunk * Vp) * sizeof(typename Device::Real) + 255) / 256 * 256 +
+         matmul_scratch_bytes<Device>(chunk, C, Vp);
 }

@@ -30,7 +30,7 @@ struct Cpu {
 
   bool plain_matmul = false;  // the plain loop instead of the library (slower; the order of every sum is then ours)
   DeviceStatus* status = nullptr;
-  int layer = -1;             // of the op being run, for the status
+  int layer = -1;  // of the op being run, for the status
 
   void* allocate(size_t bytes) {
     void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
@@ -46,7 +46,8 @@ struct Cpu {
   void synchronize() {}
   void fault(DeviceStatus::Code code, int64_t token, int64_t value) {
     if (!status) return;
-    bool earlier = status->code == code && status->layer == layer && token < status->token;  // threads come in any order
+    bool earlier =
+        status->code == code && status->layer == layer && token < status->token;  // threads come in any order
     if (status->code == DeviceStatus::ok || earlier) *status = {code, layer, token, value};
   }
 

@@ -23,9 +23,9 @@ template <class Device>
 void embedding_backward(Device&, Grad<Device> dtable, void* scratch, const int32_t* tokens,
                         const typename Device::Real* dout, int64_t N, int64_t C, int64_t V) {
   using Acc = typename Device::Acc;
-  int64_t* begin = static_cast<int64_t*>(scratch);                 // (V+1) first position of each token in `order`
-  int64_t* order = begin + V + 1;                                  // (N)
-  Acc* sums = reinterpret_cast<Acc*>(order + N);                   // (threads, C)
+  int64_t* begin = static_cast<int64_t*>(scratch);  // (V+1) first position of each token in `order`
+  int64_t* order = begin + V + 1;                   // (N)
+  Acc* sums = reinterpret_cast<Acc*>(order + N);    // (threads, C)
   auto valid = [&](int64_t n) { return tokens[n] >= 0 && tokens[n] < V; };
   std::fill_n(begin, V + 1, 0);
   for (int64_t n = 0; n < N; ++n)

@@ -3,7 +3,8 @@
 #include "llmc/cpu_math.h"
 
 template <class Device>
-void global_norm_partials(Device&, typename Device::Acc* partials, const ParameterView<Device>* views, int64_t n_views) {
+void global_norm_partials(Device&, typename Device::Acc* partials, const ParameterView<Device>* views,
+                          int64_t n_views) {
   using Acc = typename Device::Acc;
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < n_views; ++i) {
@@ -64,9 +65,9 @@ void update_decision(Device&, StepStats* stats, OutlierState* outliers, const ty
   outliers->norm[at] = stats->grad_norm;
 }
 
-#define INSTANTIATE(Real)                                                                                           \
-  template void global_norm_partials(Cpu<Real>&, Cpu<Real>::Acc*, const ParameterView<Cpu<Real>>*, int64_t);        \
-  template void update_decision(Cpu<Real>&, StepStats*, OutlierState*, const Cpu<Real>::Acc*,                       \
+#define INSTANTIATE(Real)                                                                                    \
+  template void global_norm_partials(Cpu<Real>&, Cpu<Real>::Acc*, const ParameterView<Cpu<Real>>*, int64_t); \
+  template void update_decision(Cpu<Real>&, StepStats*, OutlierState*, const Cpu<Real>::Acc*,                \
                                 const ParameterView<Cpu<Real>>*, int64_t, int64_t, UpdateRules);
 INSTANTIATE(float)
 INSTANTIATE(double)

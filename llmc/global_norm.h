@@ -18,9 +18,9 @@ struct OutlierState {
 };
 
 struct UpdateRules {
-  double clip_norm = 1;           // 0: no clipping
-  double skip_loss_z = 0;         // skip the update where the loss is more standard deviations above the window; 0: never
-  double skip_norm_z = 0;         // likewise the gradient norm
+  double clip_norm = 1;    // 0: no clipping
+  double skip_loss_z = 0;  // skip the update where the loss is more standard deviations above the window; 0: never
+  double skip_norm_z = 0;  // likewise the gradient norm
 };
 
 // Sums partials in table order; writes stats->grad_norm, clip = min(1, clip_norm / norm), bad_tensor (index of the

@@ -13,8 +13,10 @@ struct Grad {
   // Calls f with a typed pointer to the first element.
   template <class F>
   void visit(F f) const {
-    if (wide) f(static_cast<typename Device::Acc*>(data));
-    else f(static_cast<typename Device::Real*>(data));
+    if (wide)
+      f(static_cast<typename Device::Acc*>(data));
+    else
+      f(static_cast<typename Device::Real*>(data));
   }
 };
 

@@ -9,8 +9,8 @@
 
 #include "llmc/gradient.h"
 
-enum class Init { zeros, ones, normal, residual };         // normal: N(0, 0.02); residual: N(0, 0.02/sqrt(2L))
-enum class Shard { replicated, rows, columns, expert };    // how tensor and expert parallelism cut it
+enum class Init { zeros, ones, normal, residual };       // normal: N(0, 0.02); residual: N(0, 0.02/sqrt(2L))
+enum class Shard { replicated, rows, columns, expert };  // how tensor and expert parallelism cut it
 
 // Row i is physical row first + (i / block) * stride + i % block.
 struct RowMap {
@@ -23,12 +23,12 @@ struct Parameter {
   int64_t rows = 1, cols = 1;  // a vector has rows 1
   bool vector = false;         // written to files as shape (cols)
   Init init = Init::normal;
-  bool decay = false;          // matrices only
+  bool decay = false;  // matrices only
   Shard shard = Shard::replicated;
   int layer = -1;
   int buffer = -1;
   RowMap map;
-  int64_t first_partial = 0;   // its first 64-row block in the table of norm partials
+  int64_t first_partial = 0;  // its first 64-row block in the table of norm partials
 };
 
 // A parameter as the update ops see it, in device memory. Pointers are to the first element of the buffer.
@@ -38,7 +38,7 @@ struct ParameterView {
   typename Device::Acc* master;  // the weight itself where Real is Acc
   typename Device::Acc *m, *v;
   Grad<Device> grad;
-  Grad<Device> second_grad;      // tied head: kept apart until the update; else null
+  Grad<Device> second_grad;  // tied head: kept apart until the update; else null
   RowMap map;
   int64_t rows, cols, first_partial;
   bool decay;
@@ -69,8 +69,10 @@ class ParameterTable {
     if (train) {
       auto gradient = [&](bool wide, const char* suffix) {
         GradTensor<Device> g;
-        if (wide) g.wide = plan.persistent<Acc>(name + suffix, {rows, cols}, Category::gradients);
-        else g.narrow = plan.persistent<Real>(name + suffix, {rows, cols}, Category::gradients);
+        if (wide)
+          g.wide = plan.persistent<Acc>(name + suffix, {rows, cols}, Category::gradients);
+        else
+          g.narrow = plan.persistent<Real>(name + suffix, {rows, cols}, Category::gradients);
         return g;
       };
       b.grad = gradient(wide_grad, ".grad");
@@ -105,7 +107,8 @@ class ParameterTable {
       const Buffer& b = buffers_[p.buffer];
       Acc* master = b.master;
       if constexpr (!has_master) master = b.weight;
-      views.push_back({b.weight, master, b.m, b.v, b.grad, b.second_grad, p.map, p.rows, p.cols, p.first_partial, p.decay});
+      views.push_back(
+          {b.weight, master, b.m, b.v, b.grad, b.second_grad, p.map, p.rows, p.cols, p.first_partial, p.decay});
     }
     return views;
   }

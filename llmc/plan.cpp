@@ -3,8 +3,8 @@
 #include <algorithm>
 
 const char* category_name(Category c) {
-  static const char* names[n_category] = {"weights",  "gradients",        "optimizer",
-                                          "saved",    "routing metadata", "transient workspace"};
+  static const char* names[n_category] = {"weights", "gradients",        "optimizer",
+                                          "saved",   "routing metadata", "transient workspace"};
   return names[int(c)];
 }
 
@@ -60,9 +60,8 @@ void Plan::place() {
     }
     t->offset = offset;
     arena_bytes_ = std::max(arena_bytes_, checked_end(offset + need));
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), t,
-                                   [](auto* a, auto* b) { return a->offset < b->offset; }),
-                  t);
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), t, [](auto* a, auto* b) { return a->offset < b->offset; }), t);
   }
 }
 

@@ -25,12 +25,12 @@ struct TensorInfo {
   std::vector<int64_t> shape;
   DType dtype = DType::f32;
   Category category = Category::workspace;
-  int layer = -1;      // -1: belongs to no layer
-  std::string part;    // "attention", "moe", "mlp" or ""
+  int layer = -1;    // -1: belongs to no layer
+  std::string part;  // "attention", "moe", "mlp" or ""
   bool persistent = false;
   int64_t first = -1, last = -1;
-  size_t bytes = 0;    // exact size of the elements
-  size_t offset = 0;   // in the arena
+  size_t bytes = 0;   // exact size of the elements
+  size_t offset = 0;  // in the arena
   void* data = nullptr;
 };
 
@@ -169,7 +169,8 @@ class Executor {
 
   template <class... Params, class... Args>
   void op(const char* name, void (*function)(Device&, Params...), const Args&... args) {
-    static_assert(sizeof...(Params) == sizeof...(Args), "an op takes exactly its declared arguments: there are no defaults");
+    static_assert(sizeof...(Params) == sizeof...(Args),
+                  "an op takes exactly its declared arguments: there are no defaults");
     if (planning()) {
       int64_t tick = plan.tick();
       (stamp(args, tick), ...);

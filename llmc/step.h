@@ -5,19 +5,19 @@
 
 struct StepParams {
   double learning_rate = 0;
-  int64_t step = 0;                  // 1 for the first update: AdamW's bias correction
-  double loss_scale = 1;             // 1 / tokens of the global batch
-  double micro_step_scale = 1;       // 1 / micro-steps of the global batch: balance and z losses are averaged over them
+  int64_t step = 0;             // 1 for the first update: AdamW's bias correction
+  double loss_scale = 1;        // 1 / tokens of the global batch
+  double micro_step_scale = 1;  // 1 / micro-steps of the global batch: balance and z losses are averaged over them
 };
 
 struct StepStats {
   // sums over the micro-steps of a step; zeroed by the first
-  double loss = 0;                   // cross-entropy, divided by the global token count
-  double aux_loss = 0, z_loss = 0;   // as they enter the objective: coefficient included, summed over layers
+  double loss = 0;                  // cross-entropy, divided by the global token count
+  double aux_loss = 0, z_loss = 0;  // as they enter the objective: coefficient included, summed over layers
   // decided by update_decision()
-  double grad_norm = 0;              // before clipping
-  double clip = 1;                   // factor on every gradient
-  int32_t skip = 0;                  // 1: weights, moments and bias stay as they are
-  int32_t bad_tensor = -1;           // first table entry whose gradient has a NaN or Inf; -2: the loss itself; -1: none
-  double loss_z = 0, norm_z = 0;     // z-scores of the outlier detector
+  double grad_norm = 0;           // before clipping
+  double clip = 1;                // factor on every gradient
+  int32_t skip = 0;               // 1: weights, moments and bias stay as they are
+  int32_t bad_tensor = -1;        // first table entry whose gradient has a NaN or Inf; -2: the loss itself; -1: none
+  double loss_z = 0, norm_z = 0;  // z-scores of the outlier detector
 };

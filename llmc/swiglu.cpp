@@ -33,7 +33,7 @@ void swiglu_backward(Device&, typename Device::Real* dh, const typename Device::
     }
 }
 
-#define INSTANTIATE(Real)                                                          \
+#define INSTANTIATE(Real)                                                         \
   template void swiglu_forward(Cpu<Real>&, Real*, const Real*, int64_t, int64_t); \
   template void swiglu_backward(Cpu<Real>&, Real*, const Real*, const Real*, int64_t, int64_t);
 INSTANTIATE(float)

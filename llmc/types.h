@@ -34,21 +34,30 @@ constexpr DType dtype_of() {
 
 constexpr size_t dtype_size(DType d) {
   switch (d) {
-    case DType::f64: return 8;
+    case DType::f64:
+      return 8;
     case DType::f32:
-    case DType::i32: return 4;
-    case DType::bf16: return 2;
-    default: return 1;
+    case DType::i32:
+      return 4;
+    case DType::bf16:
+      return 2;
+    default:
+      return 1;
   }
 }
 
 // The spelling of safetensors headers: F64, F32, BF16, I32, U8.
 constexpr const char* dtype_name(DType d) {
   switch (d) {
-    case DType::f64: return "F64";
-    case DType::f32: return "F32";
-    case DType::bf16: return "BF16";
-    case DType::i32: return "I32";
-    default: return "U8";
+    case DType::f64:
+      return "F64";
+    case DType::f32:
+      return "F32";
+    case DType::bf16:
+      return "BF16";
+    case DType::i32:
+      return "I32";
+    default:
+      return "U8";
   }
 }

@@ -8,5 +8,5 @@
 // out may be the same memory as addend.
 template <class Device>
 void combine(Device& dev, typename Device::Real* out, const typename Device::Real* rows,
-             const typename Device::Real* addend, const typename Device::Acc* gates, const int32_t* slot_row,
-             int64_t N, int64_t K, int64_t C);
+             const typename Device::Real* addend, const typename Device::Acc* gates, const int32_t* slot_row, int64_t N,
+             int64_t K, int64_t C);

@@ -16,16 +16,26 @@ int64_t ModelConfig::capacity(int64_t N) const {
 
 RouterShape ModelConfig::router(int64_t B, int64_t T) const {
   bool aux = balance == Balance::aux;
-  return {B * T, d_model, n_expert, top_k, balance_scope == BalanceScope::sequence ? B : 1, gate, norm_topk_prob,
-          route_scale, aux ? aux_coef : 0.0, z_coef};
+  return {B * T,
+          d_model,
+          n_expert,
+          top_k,
+          balance_scope == BalanceScope::sequence ? B : 1,
+          gate,
+          norm_topk_prob,
+          route_scale,
+          aux ? aux_coef : 0.0,
+          z_coef};
 }
 
 static int64_t count(const ModelConfig& c, int64_t experts, int64_t vocab_matrices) {
   int64_t n = vocab_matrices * c.vocab_size * c.d_model + c.d_model;
   for (int64_t l = 0; l < c.n_layer; ++l) {
     n += 2 * c.d_model + (c.heads().qkv_width() + c.heads().q_width()) * c.d_model + (c.qk_norm ? 2 * c.head_dim : 0);
-    if (c.is_dense(l)) n += 3 * c.d_model * c.d_dense;
-    else n += c.n_expert * c.d_model + 3 * c.d_model * (experts * c.d_expert + c.d_shared);
+    if (c.is_dense(l))
+      n += 3 * c.d_model * c.d_dense;
+    else
+      n += c.n_expert * c.d_model + 3 * c.d_model * (experts * c.d_expert + c.d_shared);
   }
   return n;
 }
@@ -63,7 +73,8 @@ void ModelConfig::validate() const {
   if (!(route_scale > 0) || !std::isfinite(route_scale)) fail("--route-scale must be positive, not ", route_scale);
   if (!(rms_norm_eps > 0) || !(rope_theta > 1) || !std::isfinite(rms_norm_eps) || !std::isfinite(rope_theta))
     fail("--rms-norm-eps must be > 0 and --rope-theta > 1, both finite");
-  if (gate == Gate::softmax && route_scale != 1) fail("--route-scale belongs to --gate sigmoid; softmax gates are not scaled");
+  if (gate == Gate::softmax && route_scale != 1)
+    fail("--route-scale belongs to --gate sigmoid; softmax gates are not scaled");
   if (balance == Balance::bias && gate == Gate::softmax)
     fail("--balance bias moves the selection bias of --gate sigmoid; use --balance aux with --gate softmax");
   double C = double(d_model), attention = C * double(head_dim) * 2 * double(n_head + n_kv_head);
@@ -78,7 +89,8 @@ struct Preset {
   ModelConfig config;
 };
 
-ModelConfig model(int64_t L, int64_t C, int64_t NH, int64_t NKV, int64_t HD, int64_t V, int64_t E, int64_t K, int64_t F) {
+ModelConfig model(int64_t L, int64_t C, int64_t NH, int64_t NKV, int64_t HD, int64_t V, int64_t E, int64_t K,
+                  int64_t F) {
   ModelConfig c;
   c.n_layer = L, c.d_model = C, c.n_head = NH, c.n_kv_head = NKV, c.head_dim = HD, c.vocab_size = V;
   c.n_expert = E, c.top_k = K, c.d_expert = F;
@@ -142,7 +154,9 @@ const char* name_of(Gate g) { return g == Gate::softmax ? "softmax" : "sigmoid";
 const char* name_of(Balance b) { return b == Balance::aux ? "aux" : b == Balance::bias ? "bias" : "none"; }
 const char* name_of(BalanceScope s) { return s == BalanceScope::microbatch ? "microbatch" : "sequence"; }
 Gate parse_gate(const std::string& s) { return parse("--gate", s, {Gate::softmax, Gate::sigmoid}); }
-Balance parse_balance(const std::string& s) { return parse("--balance", s, {Balance::aux, Balance::bias, Balance::none}); }
+Balance parse_balance(const std::string& s) {
+  return parse("--balance", s, {Balance::aux, Balance::bias, Balance::none});
+}
 BalanceScope parse_balance_scope(const std::string& s) {
   return parse("--balance-scope", s, {BalanceScope::microbatch, BalanceScope::sequence});
 }

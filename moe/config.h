@@ -13,8 +13,8 @@ enum class BalanceScope { microbatch, sequence };
 struct ModelConfig {
   int64_t n_layer = 4, d_model = 128, n_head = 4, n_kv_head = 2, head_dim = 64, vocab_size = 257;
   int64_t n_expert = 8, top_k = 2, d_expert = 128;
-  int64_t d_shared = 0;                // width of the shared expert; 0: none
-  std::vector<int64_t> dense_layers;   // these have a dense SwiGLU MLP of width d_dense instead of experts
+  int64_t d_shared = 0;               // width of the shared expert; 0: none
+  std::vector<int64_t> dense_layers;  // these have a dense SwiGLU MLP of width d_dense instead of experts
   int64_t d_dense = 0;
   bool qk_norm = true, tied = true;
   Gate gate = Gate::softmax;
@@ -23,7 +23,7 @@ struct ModelConfig {
   Balance balance = Balance::aux;
   BalanceScope balance_scope = BalanceScope::microbatch;
   double aux_coef = 0.01, z_coef = 0.001, bias_rate = 0.001;
-  double capacity_factor = 0;          // 0: dropless
+  double capacity_factor = 0;  // 0: dropless
   double rms_norm_eps = 1e-6, rope_theta = 10000;
 
   bool operator==(const ModelConfig&) const = default;

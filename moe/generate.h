@@ -9,11 +9,13 @@
 // The cache holds options.decode_positions tokens. When it is full, the last half of the context is read again from
 // position 0: positions never exceed what the model was trained on, and the cost stays linear in the length.
 template <class Device, class Emit>
-void generate(Model<Device>& model, const std::vector<int32_t>& prompt, int32_t eot, int64_t max_new, const SamplerOptions& sampler, uint64_t seed, Emit emit) {
+void generate(Model<Device>& model, const std::vector<int32_t>& prompt, int32_t eot, int64_t max_new,
+              const SamplerOptions& sampler, uint64_t seed, Emit emit) {
   int64_t window = model.options.decode_positions;
   std::vector<int32_t> context{eot};
   context.insert(context.end(), prompt.begin(), prompt.end());
-  if (int64_t(context.size()) > window - 1) context.erase(context.begin(), context.end() - std::max<int64_t>(1, window / 2));
+  if (int64_t(context.size()) > window - 1)
+    context.erase(context.begin(), context.end() - std::max<int64_t>(1, window / 2));
   int64_t position = 0;  // tokens of the context that are in the cache
   for (int64_t i = 0; i < max_new; ++i) {
     if (int64_t(context.size()) > window) {

@@ -21,12 +21,13 @@ std::string hf_model_type(const ModelConfig& c, std::string* reason) {
 std::string hf_tensor_name(const std::string& logical, const std::string& model_type) {
   if (model_type != "mixtral") return logical;
   std::string name = logical;
-  const std::pair<const char*, const char*> renames[] = {
-      {".mlp.gate.", ".block_sparse_moe.gate."}, {".mlp.experts.", ".block_sparse_moe.experts."}};
+  const std::pair<const char*, const char*> renames[] = {{".mlp.gate.", ".block_sparse_moe.gate."},
+                                                         {".mlp.experts.", ".block_sparse_moe.experts."}};
   for (auto [from, to] : renames)
     if (size_t at = name.find(from); at != std::string::npos) name.replace(at, std::string(from).size(), to);
   if (name.find(".block_sparse_moe.experts.") != std::string::npos) {
-    const std::pair<const char*, const char*> projections[] = {{"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}};
+    const std::pair<const char*, const char*> projections[] = {
+        {"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}};
     for (auto [from, to] : projections)
       if (size_t at = name.find(from); at != std::string::npos) name.replace(at, std::string(from).size(), to);
   }
@@ -34,20 +35,40 @@ std::string hf_tensor_name(const std::string& logical, const std::string& model_
 }
 
 static ordered_json own_fields(const ModelConfig& c) {
-  return {{"n_layer", c.n_layer}, {"d_model", c.d_model}, {"n_head", c.n_head}, {"n_kv_head", c.n_kv_head},
-          {"head_dim", c.head_dim}, {"vocab_size", c.vocab_size}, {"n_expert", c.n_expert}, {"top_k", c.top_k},
-          {"d_expert", c.d_expert}, {"d_shared", c.d_shared}, {"dense_layers", c.dense_layers}, {"d_dense", c.d_dense},
-          {"qk_norm", c.qk_norm}, {"tied", c.tied}, {"gate", name_of(c.gate)}, {"norm_topk_prob", c.norm_topk_prob},
-          {"route_scale", c.route_scale}, {"balance", name_of(c.balance)}, {"balance_scope", name_of(c.balance_scope)},
-          {"aux_coef", c.aux_coef}, {"z_coef", c.z_coef}, {"bias_rate", c.bias_rate},
-          {"capacity_factor", c.capacity_factor}, {"rms_norm_eps", c.rms_norm_eps}, {"rope_theta", c.rope_theta}};
+  return {{"n_layer", c.n_layer},
+          {"d_model", c.d_model},
+          {"n_head", c.n_head},
+          {"n_kv_head", c.n_kv_head},
+          {"head_dim", c.head_dim},
+          {"vocab_size", c.vocab_size},
+          {"n_expert", c.n_expert},
+          {"top_k", c.top_k},
+          {"d_expert", c.d_expert},
+          {"d_shared", c.d_shared},
+          {"dense_layers", c.dense_layers},
+          {"d_dense", c.d_dense},
+          {"qk_norm", c.qk_norm},
+          {"tied", c.tied},
+          {"gate", name_of(c.gate)},
+          {"norm_topk_prob", c.norm_topk_prob},
+          {"route_scale", c.route_scale},
+          {"balance", name_of(c.balance)},
+          {"balance_scope", name_of(c.balance_scope)},
+          {"aux_coef", c.aux_coef},
+          {"z_coef", c.z_coef},
+          {"bias_rate", c.bias_rate},
+          {"capacity_factor", c.capacity_factor},
+          {"rms_norm_eps", c.rms_norm_eps},
+          {"rope_theta", c.rope_theta}};
 }
 
 ordered_json hf_config(const ModelConfig& c, const ModelFileInfo& info) {
   std::string type = hf_model_type(c);
   int eot = info.tokenizer_id == 1 ? 256 : 50256;
   ordered_json j;
-  j["architectures"] = {type == "qwen3_moe" ? "Qwen3MoeForCausalLM" : type == "mixtral" ? "MixtralForCausalLM" : "GptMoeForCausalLM"};
+  j["architectures"] = {type == "qwen3_moe" ? "Qwen3MoeForCausalLM"
+                        : type == "mixtral" ? "MixtralForCausalLM"
+                                            : "GptMoeForCausalLM"};
   j["model_type"] = type;
   j["vocab_size"] = c.vocab_size;
   j["hidden_size"] = c.d_model;
@@ -66,7 +87,8 @@ ordered_json hf_config(const ModelConfig& c, const ModelFileInfo& info) {
     j["use_sliding_window"] = false;
     j["attention_bias"] = false;
   }
-  j["router_aux_loss_coef"] = c.aux_coef * double(c.n_layer) / double(c.top_k);  // their loss is K at balance, pooled over layers
+  j["router_aux_loss_coef"] =
+      c.aux_coef * double(c.n_layer) / double(c.top_k);  // their loss is K at balance, pooled over layers
   j["rms_norm_eps"] = c.rms_norm_eps;
   j["rope_theta"] = c.rope_theta;
   j["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", c.rope_theta}};
@@ -97,11 +119,10 @@ struct Reader {
         if (!it->is_number()) fail(path, ": key '", key, "' is not a number");
       if constexpr (std::is_same_v<T, std::vector<int64_t>>)
         for (const auto& element : *it)
-          if (!it->is_array() || !element.is_number_integer()) fail(path, ": key '", key, "' is not a list of integers");
+          if (!it->is_array() || !element.is_number_integer())
+            fail(path, ": key '", key, "' is not a list of integers");
       value = it->get<T>();
-    } catch (const nlohmann::json::exception&) {
-      fail(path, ": key '", key, "' has the wrong type");
-    }
+    } catch (const nlohmann::json::exception&) { fail(path, ": key '", key, "' has the wrong type"); }
   }
   template <class T>
   void optional(const char* key, T& value) const {
@@ -135,9 +156,7 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
     info.tokenizer_id = int(tokenizer), info.own = true;
     try {
       c.gate = parse_gate(gate), c.balance = parse_balance(balance), c.balance_scope = parse_balance_scope(scope);
-    } catch (const Error& e) {
-      fail(path, ": ", e.what());
-    }
+    } catch (const Error& e) { fail(path, ": ", e.what()); }
   } else if (model_type == "qwen3_moe" || model_type == "mixtral") {
     bool mixtral = model_type == "mixtral";
     read("num_hidden_layers", c.n_layer), read("hidden_size", c.d_model), read("num_attention_heads", c.n_head);
@@ -173,7 +192,8 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
     bool sliding = mixtral && j.contains("sliding_window") && !j["sliding_window"].is_null();
     if (!mixtral) read.optional("use_sliding_window", sliding);
     if (sliding) fail(path, ": sliding-window attention is not supported");
-    if (auto scaling = j.find("rope_scaling"); scaling != j.end() && scaling->is_object()) fail(path, ": rope_scaling is not supported");
+    if (auto scaling = j.find("rope_scaling"); scaling != j.end() && scaling->is_object())
+      fail(path, ": rope_scaling is not supported");
     if (!mixtral) {
       read.optional("norm_topk_prob", c.norm_topk_prob);
       read.optional("mlp_only_layers", c.dense_layers);
@@ -188,8 +208,6 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
   }
   try {
     c.validate();
-  } catch (const Error& e) {
-    fail(path, ": ", e.what());
-  }
+  } catch (const Error& e) { fail(path, ": ", e.what()); }
   return c;
 }

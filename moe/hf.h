@@ -9,10 +9,10 @@
 
 // What a config.json holds besides the model itself.
 struct ModelFileInfo {
-  int64_t seq_len = 0;      // max_position_embeddings: tokens of a training sequence
-  int tokenizer_id = 1;     // 0 GPT-2, 1 bytes
+  int64_t seq_len = 0;   // max_position_embeddings: tokens of a training sequence
+  int tokenizer_id = 1;  // 0 GPT-2, 1 bytes
   std::string dtype = "float32";
-  bool own = false;         // read from a file that this program wrote: tokenizer_id is known
+  bool own = false;  // read from a file that this program wrote: tokenizer_id is known
 };
 
 // "qwen3_moe", "mixtral" or "gpt_moe". `reason`, if not null, gets the option that keeps a gpt_moe model from being one

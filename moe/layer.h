@@ -39,7 +39,9 @@ struct DenseMlp {
   int64_t N, C, F;
   Recompute policy;
 
-  Tensor<char> scratch() { return x.template tensor<char>("mlp.scratch", {int64_t(matmul_scratch_bytes<Device>(N, C, 2 * F))}); }
+  Tensor<char> scratch() {
+    return x.template tensor<char>("mlp.scratch", {int64_t(matmul_scratch_bytes<Device>(N, C, 2 * F))});
+  }
 
   void up(MlpSaved<Device>& s, Tensor<Real> input, Category keep) {
     s.h = x.template tensor<Real>("mlp.h", {N, 2 * F}, policy <= Recompute::act ? keep : Category::workspace);
@@ -81,9 +83,9 @@ template <class Device>
 struct MoeSaved {
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
-  Tensor<Real> rows;          // (R,C) gathered x, --dispatch materialized only
-  MlpSaved<Device> experts;   // h (R,2F), a (R,F)
-  Tensor<Acc> gates, lse;     // (N,K), (N)
+  Tensor<Real> rows;         // (R,C) gathered x, --dispatch materialized only
+  MlpSaved<Device> experts;  // h (R,2F), a (R,F)
+  Tensor<Acc> gates, lse;    // (N,K), (N)
   Tensor<int32_t> top_k_index, group_count;
   RoutingTensors plan;
   MlpSaved<Device> shared;
@@ -101,40 +103,52 @@ struct MoeLayer {
   Dispatch dispatch;
   Tensor<Real> wg;
   GradTensor<Device> dwg;
-  Tensor<Acc> bias;                        // (E), sigmoid gate only
+  Tensor<Acc> bias;  // (E), sigmoid gate only
   MlpWeights<Device> weights;
-  MlpWeights<Device> shared_weights;       // null tensors: no shared expert
+  MlpWeights<Device> shared_weights;  // null tensors: no shared expert
   int64_t d_shared;
-  Tensor<int32_t> load;                    // (E) selections of the step
-  Tensor<int32_t> replay, record;          // (N,K) or null
+  Tensor<int32_t> load;            // (E) selections of the step
+  Tensor<int32_t> replay, record;  // (N,K) or null
   Tensor<StepStats> stats;
   Tensor<StepParams> params;
 
-  Tensor<char> router_scratch() { return x.template tensor<char>("router.scratch", {int64_t(router_scratch_bytes<Device>(router))}); }
-  Tensor<char> scratch() { return x.template tensor<char>("experts.scratch", {int64_t(experts_scratch_bytes<Device>(experts))}); }
+  Tensor<char> router_scratch() {
+    return x.template tensor<char>("router.scratch", {int64_t(router_scratch_bytes<Device>(router))});
+  }
+  Tensor<char> scratch() {
+    return x.template tensor<char>("experts.scratch", {int64_t(experts_scratch_bytes<Device>(experts))});
+  }
   DenseMlp<Device> shared() { return {x, shared_weights, router.N, router.C, d_shared, policy}; }
 
   // What the expert products read, and through which index: x through row_slot, or the gathered rows one to one.
   Tensor<Real> source(const MoeSaved<Device>& s, Tensor<Real> tokens) const { return s.rows ? s.rows : tokens; }
-  Tensor<int32_t> index(const MoeSaved<Device>& s) const { return dispatch == Dispatch::materialized ? Tensor<int32_t>{} : s.plan.row_slot; }
+  Tensor<int32_t> index(const MoeSaved<Device>& s) const {
+    return dispatch == Dispatch::materialized ? Tensor<int32_t>{} : s.plan.row_slot;
+  }
 
   void up(MoeSaved<Device>& s, Tensor<Real> input, Category keep) {
-    s.experts.h = x.template tensor<Real>("h", {experts.R, 2 * experts.F}, policy <= Recompute::act ? keep : Category::workspace);
-    s.experts.a = x.template tensor<Real>("a", {experts.R, experts.F}, policy == Recompute::none ? keep : Category::workspace);
-    x.op("experts up", experts_up<Device>, s.experts.h, s.experts.a, scratch(), source(s, input), weights.w13, s.plan.offsets, index(s), experts);
+    s.experts.h =
+        x.template tensor<Real>("h", {experts.R, 2 * experts.F}, policy <= Recompute::act ? keep : Category::workspace);
+    s.experts.a =
+        x.template tensor<Real>("a", {experts.R, experts.F}, policy == Recompute::none ? keep : Category::workspace);
+    x.op("experts up", experts_up<Device>, s.experts.h, s.experts.a, scratch(), source(s, input), weights.w13,
+         s.plan.offsets, index(s), experts);
   }
 
   // out (N,C) = residual + experts(input) + shared expert(input). recomputing: the second run of policy `block`, which
   // leaves statistics alone and stops where backward has all it needs.
-  Tensor<Real> forward(MoeSaved<Device>& s, Tensor<Real> input, Tensor<Real> residual, bool keep, Category out_category, bool recomputing) {
+  Tensor<Real> forward(MoeSaved<Device>& s, Tensor<Real> input, Tensor<Real> residual, bool keep, Category out_category,
+                       bool recomputing) {
     int64_t N = router.N, C = router.C, E = router.E, K = router.K;
-    Category saved = keep ? Category::saved : Category::workspace, metadata = keep ? Category::metadata : Category::workspace;
+    Category saved = keep ? Category::saved : Category::workspace,
+             metadata = keep ? Category::metadata : Category::workspace;
     s.gates = x.template tensor<Acc>("gates", {N, K}, metadata);
     s.lse = x.template tensor<Acc>("lse", {N}, metadata);
     s.top_k_index = x.template tensor<int32_t>("top_k_index", {N, K}, metadata);
     s.group_count = x.template tensor<int32_t>("group_count", {router.G, E}, metadata);
     auto group_prob = x.template tensor<Acc>("group_prob", {router.G, E});
-    x.op("router", router_forward<Device>, s.gates, s.top_k_index, s.lse, group_prob, s.group_count, router_scratch(), input, wg, bias, replay, router);
+    x.op("router", router_forward<Device>, s.gates, s.top_k_index, s.lse, group_prob, s.group_count, router_scratch(),
+         input, wg, bias, replay, router);
     if (!recomputing) {
       x.op("balance loss", balance_loss<Device>, stats, load, group_prob, s.group_count, s.lse, params, router);
       if (record) x.op("record routing", copy_routing, record, s.top_k_index, N * K);
@@ -178,15 +192,17 @@ struct MoeLayer {
     auto a_scaled = x.template tensor<Real>("a_scaled", {experts.R, experts.F});
     auto dgates = x.template tensor<Acc>("dgates", {N, K});
     Tensor<Real> kept_a = policy == Recompute::none ? s.experts.a : Tensor<Real>{};
-    x.op("experts down backward", experts_down_backward<Device>, dh, a_scaled, dgates, scratch(), dout_rows, weights.w2, s.experts.h, kept_a, s.gates,
-         s.plan.offsets, index(s), s.plan.row_slot, experts);
-    x.op("experts dW2", experts_down_backward_weight<Device>, weights.dw2, scratch(), dout_rows, a_scaled, s.plan.offsets, index(s), experts);
-    x.op("experts dW13", experts_up_backward_weight<Device>, weights.dw13, scratch(), dh, source(s, input), s.plan.offsets, index(s), experts);
+    x.op("experts down backward", experts_down_backward<Device>, dh, a_scaled, dgates, scratch(), dout_rows, weights.w2,
+         s.experts.h, kept_a, s.gates, s.plan.offsets, index(s), s.plan.row_slot, experts);
+    x.op("experts dW2", experts_down_backward_weight<Device>, weights.dw2, scratch(), dout_rows, a_scaled,
+         s.plan.offsets, index(s), experts);
+    x.op("experts dW13", experts_up_backward_weight<Device>, weights.dw13, scratch(), dh, source(s, input),
+         s.plan.offsets, index(s), experts);
     auto dx_rows = x.template tensor<Real>("dx_rows", {experts.R, C});
     x.op("experts dX", experts_up_backward_input<Device>, dx_rows, scratch(), dh, weights.w13, s.plan.offsets, experts);
     auto dinput = x.template tensor<Real>("dx", {N, C});
-    x.op("router backward", router_backward<Device>, dinput, dwg, router_scratch(), dgates, s.gates, s.top_k_index, s.lse, s.group_count, input, wg, params,
-         router);
+    x.op("router backward", router_backward<Device>, dinput, dwg, router_scratch(), dgates, s.gates, s.top_k_index,
+         s.lse, s.group_count, input, wg, params, router);
     x.op("combine backward", combine<Device>, dinput, dx_rows, dinput, nullptr, s.plan.slot_row, N, K, C);
     if (d_shared) {
       auto dshared = shared().backward(s.shared, input, dout);
@@ -195,5 +211,7 @@ struct MoeLayer {
     return dinput;
   }
 
-  static void copy_routing(Device& dev, int32_t* to, const int32_t* from, int64_t n) { dev.copy(to, from, size_t(n) * sizeof(int32_t)); }
+  static void copy_routing(Device& dev, int32_t* to, const int32_t* from, int64_t n) {
+    dev.copy(to, from, size_t(n) * sizeof(int32_t));
+  }
 };

@@ -17,13 +17,13 @@
 #include "moe/layer.h"
 
 struct RunOptions {
-  int64_t B = 16, T = 256;                 // sequences of a micro-batch, tokens of a sequence
-  int64_t micro_steps = 1;                 // micro-batches of a step
+  int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
+  int64_t micro_steps = 1;  // micro-batches of a step
   bool train = true, evaluate = true;
-  int64_t decode_positions = 0;            // length of the key/value cache; 0: no decoding
-  bool wide_gradients = true;              // gradients of matrices in Acc; else in Real
+  int64_t decode_positions = 0;  // length of the key/value cache; 0: no decoding
+  bool wide_gradients = true;    // gradients of matrices in Acc; else in Real
   Dispatch dispatch = Dispatch::zero_buffer;
-  std::vector<Recompute> recompute;        // per layer; empty: act
+  std::vector<Recompute> recompute;  // per layer; empty: act
   bool separate_arena = false;
   bool record_routing = false, replay_routing = false;
   AdamWConfig adamw;
@@ -92,7 +92,9 @@ class Model {
       uint64_t stream = hash_name(p.name);
 #pragma omp parallel for
       for (int64_t i = 0; i < int64_t(values.size()); ++i)
-        values[i] = p.init == Init::zeros ? Acc(0) : p.init == Init::ones ? Acc(1) : Acc(scale * random_normal(seed, stream, i));
+        values[i] = p.init == Init::zeros  ? Acc(0)
+                    : p.init == Init::ones ? Acc(1)
+                                           : Acc(scale * random_normal(seed, stream, i));
       write_parameter(p, values.data());
     }
   }
@@ -123,10 +125,12 @@ class Model {
       std::vector<std::remove_cvref_t<decltype(*base)>> row(p.cols);
       for (int64_t i = 0; i < p.rows; ++i) {
         device_.to_host(row.data(), base + p.map(i) * p.cols, row.size() * sizeof row[0]);
-        for (int64_t c = 0; c < p.cols; ++c) values[i * p.cols + c] = Acc(row[c]) + (add ? values[i * p.cols + c] : Acc(0));
+        for (int64_t c = 0; c < p.cols; ++c)
+          values[i * p.cols + c] = Acc(row[c]) + (add ? values[i * p.cols + c] : Acc(0));
       }
     };
-    if (which == State::weight || (which == State::master && !b.master)) read(b.weight.data(), false);
+    if (which == State::weight || (which == State::master && !b.master))
+      read(b.weight.data(), false);
     else if (which == State::grad) {
       Grad<Device>(b.grad).visit([&](auto* g) { read(g, false); });
       if (b.second_grad.tensor()) read(b.second_grad.wide.data(), true);
@@ -141,7 +145,9 @@ class Model {
     device_.to_host(values.data(), bias_[layer], values.size() * sizeof(Acc));
     return values;
   }
-  void write_bias(int64_t layer, const Acc* values) { device_.to_device(bias_[layer], values, size_t(config.n_expert) * sizeof(Acc)); }
+  void write_bias(int64_t layer, const Acc* values) {
+    device_.to_device(bias_[layer], values, size_t(config.n_expert) * sizeof(Acc));
+  }
   OutlierState read_outliers() {
     OutlierState s;
     device_.to_host(&s, outliers_, sizeof s);
@@ -194,7 +200,9 @@ class Model {
     device_.to_host(index.data(), record_[layer], index.size() * sizeof(int32_t));
     return index;
   }
-  void set_replay(int64_t layer, const int32_t* index) { device_.to_device(replay_[layer], index, size_t(N() * config.top_k) * sizeof(int32_t)); }
+  void set_replay(int64_t layer, const int32_t* index) {
+    device_.to_device(replay_[layer], index, size_t(N() * config.top_k) * sizeof(int32_t));
+  }
 
  private:
   enum Program { program_start, program_micro, program_update, program_evaluate, program_decode };
@@ -205,10 +213,10 @@ class Model {
   };
   // What forward leaves for backward.
   struct LayerSaved {
-    Tensor<Real> input;                    // (N,C) residual stream entering the layer
-    Tensor<Acc> rstd1, rstd2, qk_rstd;     // (N), (N), (N, NH+NKV)
-    Tensor<Real> qkv, o, middle, x;        // middle: residual after attention; x: normalised input of the MoE layer
-    Tensor<Acc> lse;                       // (N, NH)
+    Tensor<Real> input;                 // (N,C) residual stream entering the layer
+    Tensor<Acc> rstd1, rstd2, qk_rstd;  // (N), (N), (N, NH+NKV)
+    Tensor<Real> qkv, o, middle, x;     // middle: residual after attention; x: normalised input of the MoE layer
+    Tensor<Acc> lse;                    // (N, NH)
     MoeSaved<Device> moe;
     MlpSaved<Device> mlp;
   };
@@ -236,7 +244,8 @@ class Model {
     const ModelConfig& c = config;
     int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert;
     bool train = options.train, wide = options.wide_gradients;
-    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, Shard shard, int layer, int buffer, RowMap map) {
+    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, Shard shard, int layer,
+                      int buffer, RowMap map) {
       table.add({name, rows, cols, false, init, true, shard, layer, buffer, map, 0});
     };
     auto vector = [&](const std::string& name, int64_t cols, int layer) {
@@ -245,12 +254,15 @@ class Model {
       return buffer;
     };
     // An MLP of `experts` experts of width F; `prefix(e)` names expert e.
-    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, Shard shard13, Shard shard2, auto prefix, int& w13, int& w2) {
+    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, Shard shard13, Shard shard2,
+                   auto prefix, int& w13, int& w2) {
       w13 = table.add_buffer(plan, name + ".w13", experts * 2 * F, C, train, wide);
       w2 = table.add_buffer(plan, name + ".w2", experts * C, F, train, wide);
       for (int64_t e = 0; e < experts; ++e) {
-        matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, shard13, layer, w13, {e * 2 * F + w13_row(0, false), 8, 16});
-        matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, shard13, layer, w13, {e * 2 * F + w13_row(0, true), 8, 16});
+        matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, shard13, layer, w13,
+               {e * 2 * F + w13_row(0, false), 8, 16});
+        matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, shard13, layer, w13,
+               {e * 2 * F + w13_row(0, true), 8, 16});
         matrix(prefix(e) + "down_proj.weight", C, F, Init::residual, shard2, layer, w2, {e * C, 1, 1});
       }
     };
@@ -259,7 +271,8 @@ class Model {
     matrix("model.embed_tokens.weight", c.vocab_size, C, Init::normal, Shard::rows, -1, embedding_, {});
     for (int l = 0; l < c.n_layer; ++l) {
       LayerBuffers b;
-      std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.", moe = layer + "mlp.";
+      std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.",
+                  moe = layer + "mlp.";
       plan.set_place(l, "attention");
       b.norm1 = vector(layer + "input_layernorm.weight", C, l);
       b.qkv = table.add_buffer(plan, attention + "qkv", c.heads().qkv_width(), C, train, wide);
@@ -276,15 +289,18 @@ class Model {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
       if (c.is_dense(l)) {
-        mlp(moe + "dense", 1, c.d_dense, l, Shard::rows, Shard::columns, [&](int64_t) { return moe; }, b.w13, b.w2);
+        mlp(
+            moe + "dense", 1, c.d_dense, l, Shard::rows, Shard::columns, [&](int64_t) { return moe; }, b.w13, b.w2);
       } else {
         b.router = table.add_buffer(plan, moe + "gate.weight", E, C, train, true);
         matrix(moe + "gate.weight", E, C, Init::normal, Shard::replicated, l, b.router, {});
-        mlp(moe + "experts", E, c.d_expert, l, Shard::expert, Shard::expert,
+        mlp(
+            moe + "experts", E, c.d_expert, l, Shard::expert, Shard::expert,
             [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; }, b.w13, b.w2);
         if (c.d_shared)
-          mlp(moe + "shared", 1, c.d_shared, l, Shard::rows, Shard::columns, [&](int64_t) { return moe + "shared_expert."; },
-              b.shared13, b.shared2);
+          mlp(
+              moe + "shared", 1, c.d_shared, l, Shard::rows, Shard::columns,
+              [&](int64_t) { return moe + "shared_expert."; }, b.shared13, b.shared2);
       }
       layers_.push_back(b);
     }
@@ -313,14 +329,19 @@ class Model {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       if (!c.is_dense(l)) {
         load_[l] = plan.template persistent<int32_t>("load", {c.n_expert}, Category::workspace);
-        if (c.gate == Gate::sigmoid) bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
-        if (options.replay_routing) replay_[l] = plan.template persistent<int32_t>("replay", {N(), c.top_k}, Category::workspace);
-        if (options.record_routing) record_[l] = plan.template persistent<int32_t>("record", {N(), c.top_k}, Category::workspace);
+        if (c.gate == Gate::sigmoid)
+          bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
+        if (options.replay_routing)
+          replay_[l] = plan.template persistent<int32_t>("replay", {N(), c.top_k}, Category::workspace);
+        if (options.record_routing)
+          record_[l] = plan.template persistent<int32_t>("record", {N(), c.top_k}, Category::workspace);
       }
       if (options.decode_positions) {
         plan.set_place(l, "attention");
-        k_cache_[l] = plan.template persistent<Real>("k_cache", {options.decode_positions, c.n_kv_head * c.head_dim}, Category::workspace);
-        v_cache_[l] = plan.template persistent<Real>("v_cache", {options.decode_positions, c.n_kv_head * c.head_dim}, Category::workspace);
+        k_cache_[l] = plan.template persistent<Real>("k_cache", {options.decode_positions, c.n_kv_head * c.head_dim},
+                                                     Category::workspace);
+        v_cache_[l] = plan.template persistent<Real>("v_cache", {options.decode_positions, c.n_kv_head * c.head_dim},
+                                                     Category::workspace);
       }
     }
     plan.set_place(-1, "");
@@ -339,14 +360,32 @@ class Model {
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
     bool full = !pass.decoding;
-    return {x_, config.router(pass.B, pass.T), config.experts(pass.N()), config.capacity(pass.N()), options.policy(l), options.dispatch,
-            weight(b.router), grad(b.router), bias_[l], {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
-            {weight(b.shared13), weight(b.shared2), grad(b.shared13), grad(b.shared2)}, config.d_shared,
-            load_[l], full && pass.training ? replay_[l] : Tensor<int32_t>{}, full && pass.training ? record_[l] : Tensor<int32_t>{}, stats_, params_};
+    return {x_,
+            config.router(pass.B, pass.T),
+            config.experts(pass.N()),
+            config.capacity(pass.N()),
+            options.policy(l),
+            options.dispatch,
+            weight(b.router),
+            grad(b.router),
+            bias_[l],
+            {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
+            {weight(b.shared13), weight(b.shared2), grad(b.shared13), grad(b.shared2)},
+            config.d_shared,
+            load_[l],
+            full && pass.training ? replay_[l] : Tensor<int32_t>{},
+            full && pass.training ? record_[l] : Tensor<int32_t>{},
+            stats_,
+            params_};
   }
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
-    return {x_, {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)}, pass.N(), config.d_model, config.d_dense, options.policy(l)};
+    return {x_,
+            {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
+            pass.N(),
+            config.d_model,
+            config.d_dense,
+            options.policy(l)};
   }
   Tensor<char> product_scratch(int64_t N, int64_t IC, int64_t OC) {
     return x_.template tensor<char>("matmul.scratch", {int64_t(matmul_scratch_bytes<Device>(N, IC, OC))});
@@ -354,7 +393,8 @@ class Model {
   // qkv -> rotated queries and keys (N, (NH+NKV)*HD)
   Tensor<Real> rotate(int l, const Pass& pass, LayerSaved& s) {
     auto qk = x_.template tensor<Real>("qk", {pass.N(), config.heads().qk_width()});
-    x_.op("qk-norm, rope", qknorm_rope_forward<Device>, qk, s.qk_rstd, s.qkv, weight(layers_[l].q_norm), weight(layers_[l].k_norm), rope_, pass.positions, pass.N(), config.heads(), config.rms_norm_eps);
+    x_.op("qk-norm, rope", qknorm_rope_forward<Device>, qk, s.qk_rstd, s.qkv, weight(layers_[l].q_norm),
+          weight(layers_[l].k_norm), rope_, pass.positions, pass.N(), config.heads(), config.rms_norm_eps);
     return qk;
   }
 
@@ -370,27 +410,34 @@ class Model {
     s.rstd1 = x_.template tensor<Acc>("rstd1", {N}, saved);
     x_.op("norm 1", rmsnorm_forward<Device>, normed, s.rstd1, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
     s.qkv = x_.template tensor<Real>("qkv", {N, heads.qkv_width()}, saved);
-    x_.op("qkv", matmul_forward<Device>, s.qkv, product_scratch(N, C, heads.qkv_width()), normed, weight(b.qkv), N, C, heads.qkv_width());
+    x_.op("qkv", matmul_forward<Device>, s.qkv, product_scratch(N, C, heads.qkv_width()), normed, weight(b.qkv), N, C,
+          heads.qkv_width());
     if (config.qk_norm) s.qk_rstd = x_.template tensor<Acc>("qk_rstd", {N, heads.n_head + heads.n_kv_head}, saved);
     auto qk = rotate(l, pass, s);
     s.o = x_.template tensor<Real>("o", {N, heads.q_width()}, saved);
     if (pass.decoding) {
-      auto scratch = x_.template tensor<char>("attention.scratch", {int64_t(attention_decode_scratch_bytes<Device>(options.decode_positions, heads.head_dim))});
-      x_.op("attention", attention_decode<Device>, s.o, k_cache_[l], v_cache_[l], scratch, qk, s.qkv, pass.positions, N, options.decode_positions, heads);
+      auto scratch = x_.template tensor<char>(
+          "attention.scratch",
+          {int64_t(attention_decode_scratch_bytes<Device>(options.decode_positions, heads.head_dim))});
+      x_.op("attention", attention_decode<Device>, s.o, k_cache_[l], v_cache_[l], scratch, qk, s.qkv, pass.positions, N,
+            options.decode_positions, heads);
     } else {
       s.lse = x_.template tensor<Acc>("attention.lse", {N, heads.n_head}, saved);
-      auto scratch = x_.template tensor<char>("attention.scratch", {int64_t(attention_scratch_bytes<Device>(pass.B, pass.T, heads))});
+      auto scratch = x_.template tensor<char>("attention.scratch",
+                                              {int64_t(attention_scratch_bytes<Device>(pass.B, pass.T, heads))});
       x_.op("attention", attention_forward<Device>, s.o, s.lse, scratch, qk, s.qkv, pass.B, pass.T, heads);
     }
     auto projected = x_.template tensor<Real>("projected", {N, C});
-    x_.op("attention out", matmul_forward<Device>, projected, product_scratch(N, heads.q_width(), C), s.o, weight(b.o), N, heads.q_width(), C);
+    x_.op("attention out", matmul_forward<Device>, projected, product_scratch(N, heads.q_width(), C), s.o, weight(b.o),
+          N, heads.q_width(), C);
     s.middle = x_.template tensor<Real>("middle", {N, C}, saved);
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
     s.x = x_.template tensor<Real>("x", {N, C}, saved);
     plan.set_place(l, "attention");
     s.rstd2 = x_.template tensor<Acc>("rstd2", {N}, saved);
-    x_.op("norm 2", residual_rmsnorm_forward<Device>, s.middle, s.x, s.rstd2, s.input, projected, weight(b.norm2), N, C, config.rms_norm_eps);
+    x_.op("norm 2", residual_rmsnorm_forward<Device>, s.middle, s.x, s.rstd2, s.input, projected, weight(b.norm2), N, C,
+          config.rms_norm_eps);
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
     Category out_category = pass.training ? Category::saved : Category::workspace;
@@ -413,7 +460,8 @@ class Model {
     if (options.policy(l) == Recompute::block) layer_forward(l, pass, s, false, true);
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
-    auto dx = config.is_dense(l) ? dense_mlp(l, pass).backward(s.mlp, s.x, dres) : moe_layer(l, pass).backward(s.moe, s.x, dres);
+    auto dx = config.is_dense(l) ? dense_mlp(l, pass).backward(s.mlp, s.x, dres)
+                                 : moe_layer(l, pass).backward(s.moe, s.x, dres);
     norm_backward("norm 2 backward", dres, b.norm2, dx, dres, s.middle, s.rstd2, N);
 
     plan.set_place(l, "attention");
@@ -423,10 +471,14 @@ class Model {
     x_.op("attention out dX", matmul_backward_input<Device>, d_o, scratch, dres, weight(b.o), N, heads.q_width(), C);
     auto qk = rotate(l, pass, s);
     auto dqkv = x_.template tensor<Real>("dqkv", {N, heads.qkv_width()});
-    auto attention_scratch = x_.template tensor<char>("attention.scratch", {int64_t(attention_scratch_bytes<Device>(pass.B, pass.T, heads))});
-    x_.op("attention backward", attention_backward<Device>, dqkv, attention_scratch, d_o, s.o, s.lse, qk, s.qkv, pass.B, pass.T, heads);
-    auto rope_scratch = x_.template tensor<char>("rope.scratch", {int64_t(qknorm_rope_backward_scratch_bytes<Device>(N, heads))});
-    x_.op("qk-norm, rope backward", qknorm_rope_backward<Device>, dqkv, grad(b.q_norm), grad(b.k_norm), rope_scratch, s.qkv, s.qk_rstd, weight(b.q_norm), weight(b.k_norm), rope_, pass.positions, N, heads);
+    auto attention_scratch = x_.template tensor<char>(
+        "attention.scratch", {int64_t(attention_scratch_bytes<Device>(pass.B, pass.T, heads))});
+    x_.op("attention backward", attention_backward<Device>, dqkv, attention_scratch, d_o, s.o, s.lse, qk, s.qkv, pass.B,
+          pass.T, heads);
+    auto rope_scratch =
+        x_.template tensor<char>("rope.scratch", {int64_t(qknorm_rope_backward_scratch_bytes<Device>(N, heads))});
+    x_.op("qk-norm, rope backward", qknorm_rope_backward<Device>, dqkv, grad(b.q_norm), grad(b.k_norm), rope_scratch,
+          s.qkv, s.qk_rstd, weight(b.q_norm), weight(b.k_norm), rope_, pass.positions, N, heads);
     auto normed = x_.template tensor<Real>("norm1", {N, C});
     auto rstd = x_.template tensor<Acc>("rstd1", {N});
     x_.op("norm 1 again", rmsnorm_forward<Device>, normed, rstd, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
@@ -437,10 +489,12 @@ class Model {
     norm_backward("norm 1 backward", dres, b.norm1, dnormed, dres, s.input, s.rstd1, N);
   }
 
-  void norm_backward(const char* name, Tensor<Real> dx, int buffer, Tensor<Real> dout, Tensor<Real> dresidual, Tensor<Real> input,
-                     Tensor<Acc> rstd, int64_t N) {
-    auto scratch = x_.template tensor<char>("norm.scratch", {int64_t(rmsnorm_backward_scratch_bytes<Device>(N, config.d_model))});
-    x_.op(name, rmsnorm_backward<Device>, dx, grad(buffer), scratch, dout, dresidual, input, weight(buffer), rstd, N, config.d_model);
+  void norm_backward(const char* name, Tensor<Real> dx, int buffer, Tensor<Real> dout, Tensor<Real> dresidual,
+                     Tensor<Real> input, Tensor<Acc> rstd, int64_t N) {
+    auto scratch =
+        x_.template tensor<char>("norm.scratch", {int64_t(rmsnorm_backward_scratch_bytes<Device>(N, config.d_model))});
+    x_.op(name, rmsnorm_backward<Device>, dx, grad(buffer), scratch, dout, dresidual, input, weight(buffer), rstd, N,
+          config.d_model);
   }
 
   // Embedding and all layers; returns the residual stream after the last.
@@ -465,7 +519,8 @@ class Model {
     auto rstd = x_.template tensor<Acc>("final rstd", {N});
     x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(norm_), N, C, config.rms_norm_eps);
     auto losses = x_.template tensor<Acc>("losses", {N});
-    auto scratch = x_.template tensor<char>("classifier.scratch", {int64_t(classifier_scratch_bytes<Device>(C, config.padded_vocab(), chunk))});
+    auto scratch = x_.template tensor<char>(
+        "classifier.scratch", {int64_t(classifier_scratch_bytes<Device>(C, config.padded_vocab(), chunk))});
     Tensor<Real> dnormed;
     Tensor<Acc> dweight, dhead;
     if (pass.training) {
@@ -477,8 +532,8 @@ class Model {
         x_.op("zero head gradient", zero, dweight, int64_t(config.padded_vocab() * C * sizeof(Acc)));
       }
     }
-    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(head_), targets_, params_, N, C,
-          config.vocab_size, config.padded_vocab(), chunk);
+    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(head_), targets_, params_,
+          N, C, config.vocab_size, config.padded_vocab(), chunk);
     x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
     if (!pass.training) return {};
     if (dweight.info != dhead.info) x_.op("add head gradient", add_gradient, dhead, dweight, config.padded_vocab() * C);
@@ -504,18 +559,24 @@ class Model {
     auto dres = head(pass, residual);
     for (int l = int(config.n_layer) - 1; l >= 0; --l) layer_backward(l, pass, saved[l], dres);
     plan.set_place(-1, "");
-    auto scratch = x_.template tensor<char>("embedding.scratch", {int64_t(embedding_backward_scratch_bytes<Device>(N(), config.d_model, config.vocab_size))});
-    x_.op("embedding backward", embedding_backward<Device>, grad(embedding_), scratch, tokens_, dres, N(), config.d_model, config.vocab_size);
+    auto scratch = x_.template tensor<char>(
+        "embedding.scratch",
+        {int64_t(embedding_backward_scratch_bytes<Device>(N(), config.d_model, config.vocab_size))});
+    x_.op("embedding backward", embedding_backward<Device>, grad(embedding_), scratch, tokens_, dres, N(),
+          config.d_model, config.vocab_size);
   }
 
   void update_ops() {
     int64_t n = int64_t(table.parameters().size());
     x_.op("global norm", global_norm_partials<Device>, partials_, views_, n);
-    x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, views_, n, table.partials(), options.rules);
+    x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, views_, n, table.partials(),
+          options.rules);
     x_.op("adamw", adamw<Device>, views_, params_, stats_, n, options.adamw);
     if (config.balance == Balance::bias)
       for (int l = 0; l < config.n_layer; ++l)
-        if (bias_[l]) x_.op("router bias", router_bias_update<Device>, bias_[l], load_[l], stats_, config.bias_rate, config.n_expert);
+        if (bias_[l])
+          x_.op("router bias", router_bias_update<Device>, bias_[l], load_[l], stats_, config.bias_rate,
+                config.n_expert);
   }
 
   void evaluate_ops() {
@@ -541,7 +602,9 @@ class Model {
     StepStats fresh;
     dev.to_device(stats, &fresh, sizeof fresh);
   }
-  static void add_gradient(Device&, Acc* to, const Acc* from, int64_t n) { add_to_gradient(Grad<Device>{to, true}, 0, from, n); }
+  static void add_gradient(Device&, Acc* to, const Acc* from, int64_t n) {
+    add_to_gradient(Grad<Device>{to, true}, 0, from, n);
+  }
 
   Device& device_;
   Executor<Device> x_;

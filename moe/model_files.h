@@ -12,8 +12,8 @@
 
 // Where a run stands.
 struct TrainerState {
-  int64_t step = 0;          // updates done
-  int64_t next_sample = 0;   // global index of the next training sample
+  int64_t step = 0;         // updates done
+  int64_t next_sample = 0;  // global index of the next training sample
   uint64_t seed = 0;
   int64_t total_steps = 0, total_batch_tokens = 0, seq_len = 0;
 };
@@ -35,7 +35,8 @@ inline std::vector<int64_t> shape_of(const Parameter& p) {
 }
 
 // A logical tensor of a file, checked against the shape that the model needs.
-inline const TensorView& find_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name, const std::vector<int64_t>& shape) {
+inline const TensorView& find_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name,
+                                     const std::vector<int64_t>& shape) {
   const TensorView& view = files.get(name);
   if (view.shape != shape) {
     auto text = [](const std::vector<int64_t>& s) {
@@ -50,7 +51,8 @@ inline const TensorView& find_tensor(const SafetensorsDir& files, const std::str
 
 // Its values.
 template <class Acc>
-std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name, const std::vector<int64_t>& shape) {
+std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir, const std::string& name,
+                             const std::vector<int64_t>& shape) {
   const TensorView& view = find_tensor(files, dir, name, shape);
   std::vector<Acc> values(view.elements);
   read_elements(name, view, 0, view.elements, values.data());
@@ -90,7 +92,8 @@ void write_model(Model<Device>& model, const std::string& dir, const ModelFileIn
 
 // Writes a whole checkpoint OUT/step_N and returns its path.
 template <class Device>
-std::string save_checkpoint(Model<Device>& model, const std::string& out, const TrainerState& state, const ModelFileInfo& info, int64_t keep) {
+std::string save_checkpoint(Model<Device>& model, const std::string& out, const TrainerState& state,
+                            const ModelFileInfo& info, int64_t keep) {
   using Acc = typename Device::Acc;
   using State = typename Model<Device>::State;
   CheckpointWriter checkpoint(out, state.step);
@@ -102,7 +105,8 @@ std::string save_checkpoint(Model<Device>& model, const std::string& out, const 
   if (ParameterTable<Device>::has_master) states.insert(states.begin(), {State::master, "master."});
   std::vector<TensorSpec> specs{{"detector", DType::f64, {1 + 2 * OutlierState::window}}};
   for (auto [which, prefix] : states)
-    for (const Parameter& p : model.table.parameters()) specs.push_back({prefix + p.name, dtype_of<Acc>(), model_files::shape_of(p)});
+    for (const Parameter& p : model.table.parameters())
+      specs.push_back({prefix + p.name, dtype_of<Acc>(), model_files::shape_of(p)});
   SafetensorsShardedWriter file(dir, "optimizer", specs);
   OutlierState outliers = model.read_outliers();
   std::vector<double> detector{double(outliers.count)};
@@ -116,9 +120,13 @@ std::string save_checkpoint(Model<Device>& model, const std::string& out, const 
     }
   file.finish();
 
-  nlohmann::ordered_json trainer{{"step", state.step}, {"next_sample", state.next_sample}, {"seed", state.seed},
-                                 {"total_steps", state.total_steps}, {"total_batch_tokens", state.total_batch_tokens},
-                                 {"seq_len", state.seq_len}, {"dtype", model_files::torch_dtype<Device>()},
+  nlohmann::ordered_json trainer{{"step", state.step},
+                                 {"next_sample", state.next_sample},
+                                 {"seed", state.seed},
+                                 {"total_steps", state.total_steps},
+                                 {"total_batch_tokens", state.total_batch_tokens},
+                                 {"seq_len", state.seq_len},
+                                 {"dtype", model_files::torch_dtype<Device>()},
                                  {"layout", {{"dp", 1}, {"ep", 1}, {"etp", 1}, {"tp", 1}, {"pp", 1}}}};
   checkpoint.write_text("trainer.json", trainer.dump(2) + "\n");
   return checkpoint.commit(keep);
@@ -130,9 +138,11 @@ inline TrainerState read_trainer_state(const std::string& dir) {
   auto j = nlohmann::json::parse(read_file(path, size_t(16) << 20), nullptr, false);
   TrainerState s;
   auto get = [&](const char* key, auto& value) {
-    if (!j.is_object() || !j.contains(key) || !j[key].is_number_integer() || (!j[key].is_number_unsigned() && j[key].get<int64_t>() < 0))
+    if (!j.is_object() || !j.contains(key) || !j[key].is_number_integer() ||
+        (!j[key].is_number_unsigned() && j[key].get<int64_t>() < 0))
       fail(path, ": key '", key, "' is missing or not a non-negative integer; the checkpoint is damaged");
-    if (std::is_signed_v<std::remove_reference_t<decltype(value)>> && j[key].template get<uint64_t>() > uint64_t(1) << 60)
+    if (std::is_signed_v<std::remove_reference_t<decltype(value)>> && j[key].template get<uint64_t>() > uint64_t(1)
+                                                                                                            << 60)
       fail(path, ": key '", key, "' is absurd (more than 2^60); the checkpoint is damaged");
     value = j[key].get<std::remove_reference_t<decltype(value)>>();
   };
@@ -156,7 +166,7 @@ void check_weights(const Model<Device>& model, const std::string& dir, const std
     known.insert(name);
   }
   for (const std::string& name : files.names())
-    if (!known.contains(name)) fail(dir, ": tensor ", shown(name), " has no place in the model that config.json describes");
+    if (!known.contains(name)) fail(dir, ": tensor ", name, " has no place in the model that config.json describes");
 }
 
 // Fills weights (and the routers' bias) from a checkpoint or Hugging Face directory of the same configuration.
@@ -165,7 +175,8 @@ void load_weights(Model<Device>& model, const std::string& dir, const std::strin
   using Acc = typename Device::Acc;
   SafetensorsDir files(dir, "model");
   for (const Parameter& p : model.table.parameters()) {
-    auto values = model_files::read_tensor<Acc>(files, dir, hf_tensor_name(p.name, model_type), model_files::shape_of(p));
+    auto values =
+        model_files::read_tensor<Acc>(files, dir, hf_tensor_name(p.name, model_type), model_files::shape_of(p));
     model.write_parameter(p, values.data());
   }
   for (int64_t l = 0; l < model.config.n_layer; ++l)
@@ -183,13 +194,15 @@ void load_optimizer(Model<Device>& model, const std::string& dir) {
   SafetensorsDir files(dir, "optimizer");
   for (const Parameter& p : model.table.parameters()) {
     auto shape = model_files::shape_of(p);
-    if (files.find("master." + p.name)) model.write_parameter(p, model_files::read_tensor<Acc>(files, dir, "master." + p.name, shape).data());
+    if (files.find("master." + p.name))
+      model.write_parameter(p, model_files::read_tensor<Acc>(files, dir, "master." + p.name, shape).data());
     model.write_state(p, State::m, model_files::read_tensor<Acc>(files, dir, "m." + p.name, shape).data());
     model.write_state(p, State::v, model_files::read_tensor<Acc>(files, dir, "v." + p.name, shape).data());
   }
   auto detector = model_files::read_tensor<double>(files, dir, "detector", {1 + 2 * OutlierState::window});
   OutlierState outliers;
-  if (!(detector[0] >= 0 && detector[0] < 1e15)) fail(dir, ": tensor detector counts ", detector[0], " steps; the checkpoint is damaged");
+  if (!(detector[0] >= 0 && detector[0] < 1e15))
+    fail(dir, ": tensor detector counts ", detector[0], " steps; the checkpoint is damaged");
   outliers.count = int64_t(detector[0]);
   std::copy_n(detector.begin() + 1, OutlierState::window, outliers.loss);
   std::copy_n(detector.begin() + 1 + OutlierState::window, OutlierState::window, outliers.norm);

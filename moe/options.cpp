@@ -18,11 +18,15 @@ struct Names {  // options whose values are names, parsed after CLI11 is done
 std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   std::vector<CLI::Option*> model;
   ModelConfig& m = o.model;
-  app.set_config("--config", "", "read options from a TOML or INI file (the same names without --; the command line wins)");
+  app.set_config("--config", "",
+                 "read options from a TOML or INI file (the same names without --; the command line wins)");
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.option_defaults()->always_capture_default();
   auto group = [&](const char* name) { app.option_defaults()->group(name); };
-  auto fixes_model = [&](CLI::Option* option) { model.push_back(option); return option; };
+  auto fixes_model = [&](CLI::Option* option) {
+    model.push_back(option);
+    return option;
+  };
 
   group("What to do (default: train)");
   app.add_flag("--memory-report", o.memory_report, "print the memory plan before anything is allocated");
@@ -31,7 +35,9 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--export", o.export_format, "hf: write --checkpoint to --out as a Hugging Face model directory");
 
   group("Model");
-  fixes_model(app.add_option("--preset", o.preset, "tiny, gpt124-8x2, olmoe-1b-7b-size, qwen3-30b-a3b, mixtral-8x7b; each dimension below overrides it"));
+  fixes_model(app.add_option(
+      "--preset", o.preset,
+      "tiny, gpt124-8x2, olmoe-1b-7b-size, qwen3-30b-a3b, mixtral-8x7b; each dimension below overrides it"));
   fixes_model(app.add_option("--n-layer", m.n_layer, "layers"));
   fixes_model(app.add_option("--d-model", m.d_model, "model width"));
   fixes_model(app.add_option("--n-head", m.n_head, "query heads"));
@@ -42,7 +48,9 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   fixes_model(app.add_option("--top-k", m.top_k, "experts of a token"));
   fixes_model(app.add_option("--d-expert", m.d_expert, "hidden width of an expert"));
   fixes_model(app.add_option("--d-shared", m.d_shared, "hidden width of the shared expert; 0: none"));
-  fixes_model(app.add_option("--dense-layers", m.dense_layers, "layers (from 0) with a dense MLP instead of experts, e.g. 0,1")->delimiter(','));
+  fixes_model(
+      app.add_option("--dense-layers", m.dense_layers, "layers (from 0) with a dense MLP instead of experts, e.g. 0,1")
+          ->delimiter(','));
   fixes_model(app.add_option("--d-dense", m.d_dense, "hidden width of dense layers"));
   fixes_model(app.add_option("--qk-norm", m.qk_norm, "RMSNorm on each query and key head"));
   fixes_model(app.add_option("--tied", m.tied, "embedding and head share one matrix"));
@@ -53,7 +61,8 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   fixes_model(app.add_option("--gate", names.gate, "softmax or sigmoid"));
   fixes_model(app.add_option("--norm-topk-prob", m.norm_topk_prob, "renormalise the gates over the chosen experts"));
   fixes_model(app.add_option("--route-scale", m.route_scale, "factor on sigmoid gates"));
-  fixes_model(app.add_option("--capacity-factor", m.capacity_factor, "an expert keeps ceil(c*N*K/E) rows of a micro-batch; 0: dropless"));
+  fixes_model(app.add_option("--capacity-factor", m.capacity_factor,
+                             "an expert keeps ceil(c*N*K/E) rows of a micro-batch; 0: dropless"));
   app.add_option("--balance", names.balance, "aux (loss), bias (selection bias, sigmoid only) or none");
   app.add_option("--balance-scope", names.scope, "statistics over the microbatch or over each sequence");
   app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)");
@@ -63,10 +72,12 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   group("Data");
   app.add_option("--train-data", o.train_data, "token shards (.bin), a file or a glob");
   app.add_option("--val-data", o.val_data, "token shards for validation; empty: none");
-  app.add_option("--tokenizer-ranks", o.tokenizer_ranks, "GPT-2 ranks, for models on GPT-2 tokens (data/get_gpt2_ranks.sh)");
+  app.add_option("--tokenizer-ranks", o.tokenizer_ranks,
+                 "GPT-2 ranks, for models on GPT-2 tokens (data/get_gpt2_ranks.sh)");
   app.add_option("--batch-size", o.batch_size, "sequences of a micro-batch");
   app.add_option("--seq-len", o.seq_len, "tokens of a sequence");
-  app.add_option("--total-batch-tokens", o.total_batch_tokens, "tokens of a step, by accumulation; 0: batch-size * seq-len");
+  app.add_option("--total-batch-tokens", o.total_batch_tokens,
+                 "tokens of a step, by accumulation; 0: batch-size * seq-len");
   app.add_flag("--overfit-one-batch", o.overfit_one_batch, "train on the first batch again and again");
 
   group("Training");
@@ -77,22 +88,28 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--schedule", o.schedule_name, "cosine, linear, constant or wsd");
   app.add_option("--warmup-steps", o.schedule.warmup_steps, "steps of linear warm-up");
   app.add_option("--final-lr-fraction", o.schedule.final_fraction, "learning rate at the end, as a fraction of --lr");
-  app.add_option("--wsd-decay-fraction", o.schedule.wsd_decay_fraction, "wsd: part of the steps in which the rate falls");
+  app.add_option("--wsd-decay-fraction", o.schedule.wsd_decay_fraction,
+                 "wsd: part of the steps in which the rate falls");
   app.add_option("--beta1", o.adamw.beta1, "AdamW");
   app.add_option("--beta2", o.adamw.beta2, "AdamW");
   app.add_option("--adam-eps", o.adamw.eps, "AdamW");
   app.add_option("--weight-decay", o.adamw.weight_decay, "AdamW, on matrices only");
   app.add_option("--clip", o.rules.clip_norm, "largest norm of the gradient; 0: no clipping");
-  app.add_option("--skip-loss-z", o.rules.skip_loss_z, "skip updates whose loss is more standard deviations above the last 128; 0: never");
+  app.add_option("--skip-loss-z", o.rules.skip_loss_z,
+                 "skip updates whose loss is more standard deviations above the last 128; 0: never");
   app.add_option("--skip-norm-z", o.rules.skip_norm_z, "the same for the gradient norm");
-  app.add_option("--seed", o.seed, "of initial weights, order of samples and generation")->check([](const std::string& text) {
-    uint64_t value;  // CLI11 would take -1 and numbers past the end
-    auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    return error == std::errc() && end == text.data() + text.size() ? "" : "'" + text + "' is not a whole number from 0 to 2^64 - 1";
-  });
+  app.add_option("--seed", o.seed, "of initial weights, order of samples and generation")
+      ->check([](const std::string& text) {
+        uint64_t value;  // CLI11 would take -1 and numbers past the end
+        auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        return error == std::errc() && end == text.data() + text.size()
+                   ? ""
+                   : "'" + text + "' is not a whole number from 0 to 2^64 - 1";
+      });
   app.add_option("--device", o.device, "auto, cpu or cuda");
   app.add_option("--dtype", o.dtype, "bf16, fp32 or fp64; default fp32 on cpu, bf16 on cuda");
-  app.add_option("--grad-dtype", o.grad_dtype, "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch, fp32 otherwise");
+  app.add_option("--grad-dtype", o.grad_dtype,
+                 "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch, fp32 otherwise");
 
   group("Evaluation, sampling, checkpoints");
   app.add_option("--eval-every", o.eval_every, "evaluate all validation data every n steps; 0: only at the end");
@@ -107,7 +124,8 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--recompute", o.recompute, "none, act, up, block, or auto (the cheapest that fits --memory-budget)");
   app.add_option("--memory-budget", o.memory_budget, "GiB the plan may take; 0: what the machine has free");
   app.add_option("--dispatch", o.dispatch, "zero_buffer, or materialized (for comparison)");
-  app.add_option("--arena", o.arena, "planned, or separate (every tensor its own allocation, poisoned after its last use)");
+  app.add_option("--arena", o.arena,
+                 "planned, or separate (every tensor its own allocation, poisoned after its last use)");
 
   group("Routing traces");
   app.add_option("--record-routing", o.record_routing, "write every top_k_index of the run to FILE");
@@ -190,7 +208,8 @@ Options parse_options(int argc, char** argv) {
   Names names;
   o.preset = first.preset;
   apply_preset(o);
-  names.gate = name_of(o.model.gate), names.balance = name_of(o.model.balance), names.scope = name_of(o.model.balance_scope);
+  names.gate = name_of(o.model.gate), names.balance = name_of(o.model.balance),
+  names.scope = name_of(o.model.balance_scope);
   o.model_options_given = parse(argc, argv, o, names);
 
   o.model.gate = parse_gate(names.gate), o.model.balance = parse_balance(names.balance);
@@ -209,20 +228,28 @@ Options parse_options(int argc, char** argv) {
   };
   positive("--batch-size", o.batch_size), positive("--seq-len", o.seq_len);
   if (double(o.batch_size) * double(o.seq_len) * double(o.model.top_k) >= double(int64_t(1) << 31))
-    fail("--batch-size ", o.batch_size, " x --seq-len ", o.seq_len, " x --top-k ", o.model.top_k, " rows pass 2^31; use smaller micro-batches (--total-batch-tokens accumulates)");
-  not_negative("--total-batch-tokens", o.total_batch_tokens), not_negative("--steps", o.steps), not_negative("--stop-after", o.stop_after);
+    fail("--batch-size ", o.batch_size, " x --seq-len ", o.seq_len, " x --top-k ", o.model.top_k,
+         " rows pass 2^31; use smaller micro-batches (--total-batch-tokens accumulates)");
+  not_negative("--total-batch-tokens", o.total_batch_tokens), not_negative("--steps", o.steps),
+      not_negative("--stop-after", o.stop_after);
   not_negative("--eval-every", o.eval_every), not_negative("--sample-every", o.sample_every);
-  not_negative("--checkpoint-every", o.checkpoint_every), not_negative("--keep", o.keep), not_negative("--context", o.context);
+  not_negative("--checkpoint-every", o.checkpoint_every), not_negative("--keep", o.keep),
+      not_negative("--context", o.context);
   positive("--max-new-tokens", o.max_new_tokens);
   if (o.total_batch_tokens == 0) o.total_batch_tokens = o.batch_size * o.seq_len;
   if (o.total_batch_tokens % (o.batch_size * o.seq_len))
-    fail("--total-batch-tokens ", o.total_batch_tokens, " is not a multiple of --batch-size ", o.batch_size, " x --seq-len ", o.seq_len);
+    fail("--total-batch-tokens ", o.total_batch_tokens, " is not a multiple of --batch-size ", o.batch_size,
+         " x --seq-len ", o.seq_len);
   if (!(o.epochs > 0 && o.epochs <= 1e6)) fail("--epochs must be positive (at most 1e6), not ", o.epochs);
-  if (!(o.memory_budget >= 0 && o.memory_budget <= 1e9)) fail("--memory-budget is in GiB: not negative, at most 1e9, not ", o.memory_budget);
-  if (!(o.adamw.beta1 >= 0 && o.adamw.beta1 < 1 && o.adamw.beta2 >= 0 && o.adamw.beta2 < 1)) fail("--beta1 and --beta2 must be in [0, 1)");
-  if (!(o.adamw.eps > 0) || !(o.adamw.weight_decay >= 0)) fail("--adam-eps must be positive and --weight-decay not negative");
+  if (!(o.memory_budget >= 0 && o.memory_budget <= 1e9))
+    fail("--memory-budget is in GiB: not negative, at most 1e9, not ", o.memory_budget);
+  if (!(o.adamw.beta1 >= 0 && o.adamw.beta1 < 1 && o.adamw.beta2 >= 0 && o.adamw.beta2 < 1))
+    fail("--beta1 and --beta2 must be in [0, 1)");
+  if (!(o.adamw.eps > 0) || !(o.adamw.weight_decay >= 0))
+    fail("--adam-eps must be positive and --weight-decay not negative");
   finite("--adam-eps", o.adamw.eps), finite("--weight-decay", o.adamw.weight_decay);
-  if (!(o.rules.clip_norm >= 0 && o.rules.skip_loss_z >= 0 && o.rules.skip_norm_z >= 0)) fail("--clip, --skip-loss-z and --skip-norm-z must not be negative");
+  if (!(o.rules.clip_norm >= 0 && o.rules.skip_loss_z >= 0 && o.rules.skip_norm_z >= 0))
+    fail("--clip, --skip-loss-z and --skip-norm-z must not be negative");
   o.schedule.kind = parse_schedule_kind(o.schedule_name);
   check_sampler(o.sampler);
   check_choice("--device", o.device, {"auto", "cpu", "cuda"});
@@ -235,15 +262,23 @@ Options parse_options(int argc, char** argv) {
   if (o.dtype.empty()) o.dtype = "fp32";
   if (o.device == "cuda") fail("--device cuda: this binary was built without CUDA; use --device cpu");
   if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)
-    fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(), " micro-batches a step use fp32");
-  const std::pair<const char*, int64_t> processes[] = {{"--dp", o.dp}, {"--ep", o.ep}, {"--etp", o.etp}, {"--tp", o.tp}, {"--pp", o.pp}};
+    fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(),
+         " micro-batches a step use fp32");
+  const std::pair<const char*, int64_t> processes[] = {
+      {"--dp", o.dp}, {"--ep", o.ep}, {"--etp", o.etp}, {"--tp", o.tp}, {"--pp", o.pp}};
   for (auto [option, n] : processes)
     if (n != 1) fail(option, " ", n, ": this build runs as a single process; only 1 is possible");
-  if (o.resume && !o.init_from.empty()) fail("--resume and --init-from exclude each other: the first goes on with --out, the second starts anew from other weights");
-  if (o.resume && !o.record_routing.empty()) fail("--record-routing records a run from its first step; it cannot go on with --resume");
-  if (!o.record_routing.empty() && !o.replay_routing.empty()) fail("--record-routing and --replay-routing exclude each other");
+  if (o.resume && !o.init_from.empty())
+    fail(
+        "--resume and --init-from exclude each other: the first goes on with --out, the second starts anew from other "
+        "weights");
+  if (o.resume && !o.record_routing.empty())
+    fail("--record-routing records a run from its first step; it cannot go on with --resume");
+  if (!o.record_routing.empty() && !o.replay_routing.empty())
+    fail("--record-routing and --replay-routing exclude each other");
   if (o.generate && !o.export_format.empty()) fail("--generate and --export exclude each other");
   if (o.out.empty()) fail("--out must name a directory");
-  if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty()) fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");
+  if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty())
+    fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");
   return o;
 }

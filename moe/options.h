@@ -10,7 +10,7 @@
 struct Options {
   // What to do; none of these: train.
   bool memory_report = false, dry_run = false, generate = false;
-  std::string export_format;                     // "hf"
+  std::string export_format;  // "hf"
   // Model
   std::string preset = "tiny";
   ModelConfig model;
@@ -21,27 +21,27 @@ struct Options {
   int64_t batch_size = 16, seq_len = 256, total_batch_tokens = 0;  // 0: batch_size * seq_len
   bool overfit_one_batch = false;
   // Training
-  int64_t steps = 0, stop_after = 0;             // 0 steps: by epochs
+  int64_t steps = 0, stop_after = 0;  // 0 steps: by epochs
   double epochs = 1;
   uint64_t seed = 42;
-  std::string device = "auto", dtype;            // dtype empty: fp32 on cpu
+  std::string device = "auto", dtype;  // dtype empty: fp32 on cpu
   std::string schedule_name = "cosine";
   Schedule schedule;
   AdamWConfig adamw;
   UpdateRules rules;
-  std::string grad_dtype;                        // empty: by the rule of RunOptions
+  std::string grad_dtype;  // empty: by the rule of RunOptions
   // Evaluation, sampling, checkpoints
   int64_t eval_every = 0, sample_every = 0, checkpoint_every = 0, keep = 2;
   std::string out = "runs/default", init_from;
   bool resume = false;
   // Memory
   std::string recompute = "act", dispatch = "zero_buffer", arena = "planned";
-  double memory_budget = 0;                      // GiB; 0: what the machine has free
+  double memory_budget = 0;  // GiB; 0: what the machine has free
   // Routing traces
   std::string record_routing, replay_routing;
   // Generation
   std::string checkpoint, prompt;
-  int64_t max_new_tokens = 256, context = 0;     // 0: the sequence length of training
+  int64_t max_new_tokens = 256, context = 0;  // 0: the sequence length of training
   SamplerOptions sampler;
   // Processes
   int64_t dp = 1, ep = 1, etp = 1, tp = 1, pp = 1;

@@ -7,8 +7,7 @@ PlanSummary summarize(const Plan& plan, const ModelConfig& config) {
   PlanSummary s;
   for (int c = 0; c < n_category; ++c) s.bytes[c] = plan.category_bytes(Category(c));
   s.total = plan.arena_bytes();
-  for (int l = 0; l < config.n_layer; ++l)
-    s.layers.push_back({config.is_dense(l) ? "mlp" : "moe", 0, 0, 0});
+  for (int l = 0; l < config.n_layer; ++l) s.layers.push_back({config.is_dense(l) ? "mlp" : "moe", 0, 0, 0});
   for (const TensorInfo& t : plan.tensors()) {  // one pass: a large model has tens of thousands of tensors
     if (t.layer < 0) continue;
     auto& layer = s.layers[t.layer];
@@ -27,7 +26,8 @@ std::string readable_bytes(double bytes) {
   return text;
 }
 
-std::string memory_report(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config, const RunOptions& run, size_t real_bytes) {
+std::string memory_report(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config,
+                          const RunOptions& run, size_t real_bytes) {
   std::string text;
   char line[256];
   auto add = [&](auto... args) {
@@ -41,19 +41,22 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
   for (size_t l = 0; l < ours.layers.size(); ++l) {
     const auto& layer = ours.layers[l];
     add("layer %zu attention saved %zu\n", l, layer.attention_saved);
-    if (layer.part == "moe") add("layer %zu moe saved %zu metadata %zu\n", l, layer.saved, layer.metadata);
-    else add("layer %zu mlp saved %zu\n", l, layer.saved);
+    if (layer.part == "moe")
+      add("layer %zu moe saved %zu metadata %zu\n", l, layer.saved, layer.metadata);
+    else
+      add("layer %zu mlp saved %zu\n", l, layer.saved);
   }
   add("%-22s %20s %12s   %20s\n", "bytes", name_of(run.dispatch), "", "materialized");
   for (int c = 0; c < n_category; ++c)
-    add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c], readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
+    add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c],
+        readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
   add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
   for (size_t l = 0; l < ours.layers.size(); ++l) {
     if (ours.layers[l].part != "moe") continue;
     size_t formula = real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
     const char* name = real_bytes == 2 ? "2NC + 4NKF" : real_bytes == 4 ? "4NC + 8NKF" : "8NC + 16NKF";
-    add("a MoE layer keeps %zu (recompute %s); %s = %zu; materialized keeps %zu\n", ours.layers[l].saved, name_of(run.policy(int64_t(l))), name,
-        formula, other.layers[l].saved);
+    add("a MoE layer keeps %zu (recompute %s); %s = %zu; materialized keeps %zu\n", ours.layers[l].saved,
+        name_of(run.policy(int64_t(l))), name, formula, other.layers[l].saved);
     break;
   }
   return text;
@@ -67,7 +70,8 @@ size_t available_memory() {
   return 0;
 }
 
-std::vector<Recompute> choose_recompute(int64_t L, size_t budget, const std::function<size_t(const std::vector<Recompute>&)>& plan_bytes) {
+std::vector<Recompute> choose_recompute(int64_t L, size_t budget,
+                                        const std::function<size_t(const std::vector<Recompute>&)>& plan_bytes) {
   // Steps of the ladder: all none; 1..L layers act; then 1..L of them up; then block. More steps never need more memory,
   // so the first that fits is found by bisection.
   auto policies = [&](int64_t step) {
@@ -79,8 +83,10 @@ std::vector<Recompute> choose_recompute(int64_t L, size_t budget, const std::fun
   if (plan_bytes(policies(high)) > budget) return {};
   while (low < high) {
     int64_t middle = (low + high) / 2;
-    if (plan_bytes(policies(middle)) <= budget) high = middle;
-    else low = middle + 1;
+    if (plan_bytes(policies(middle)) <= budget)
+      high = middle;
+    else
+      low = middle + 1;
   }
   return policies(low);
 }

@@ -20,7 +20,8 @@ PlanSummary summarize(const Plan& plan, const ModelConfig& config);
 // The report as text. One line a layer, `layer 0 moe saved 117440512 metadata 983556`, in bytes; a table by category beside
 // the same plan with --dispatch materialized; and 2NC + 4NKF (s/2 times that for storage of s bytes) beside what a MoE
 // layer keeps.
-std::string memory_report(const PlanSummary& ours, const PlanSummary& materialized, const ModelConfig& config, const RunOptions& run, size_t real_bytes);
+std::string memory_report(const PlanSummary& ours, const PlanSummary& materialized, const ModelConfig& config,
+                          const RunOptions& run, size_t real_bytes);
 
 // Bytes as "12.34 GiB", "3.2 MiB", "17 B".
 std::string readable_bytes(double bytes);
@@ -31,4 +32,5 @@ size_t available_memory();
 // The cheapest recompute policy, layer by layer, whose plan needs at most `budget` bytes: `act` for the first layers,
 // then `up`, then `block`, adding one layer at a time; starts from `none`. plan_bytes plans a model with those policies.
 // Empty if not even `block` everywhere fits.
-std::vector<Recompute> choose_recompute(int64_t n_layer, size_t budget, const std::function<size_t(const std::vector<Recompute>&)>& plan_bytes);
+std::vector<Recompute> choose_recompute(int64_t n_layer, size_t budget,
+                                        const std::function<size_t(const std::vector<Recompute>&)>& plan_bytes);

@@ -234,15 +234,15 @@ void router_bias_update(Device&, typename Device::Acc* bias, const int32_t* load
   }
 }
 
-#define INSTANTIATE(Real)                                                                                              \
-  template void router_forward(Cpu<Real>&, Cpu<Real>::Acc*, int32_t*, Cpu<Real>::Acc*, Cpu<Real>::Acc*, int32_t*,      \
-                               void*, const Real*, const Real*, const Cpu<Real>::Acc*, const int32_t*, RouterShape);   \
-  template void balance_loss(Cpu<Real>&, StepStats*, int32_t*, const Cpu<Real>::Acc*, const int32_t*,                  \
-                             const Cpu<Real>::Acc*, const StepParams*, RouterShape);                                   \
-  template void router_backward(Cpu<Real>&, Real*, Grad<Cpu<Real>>, void*, const Cpu<Real>::Acc*,                      \
-                                const Cpu<Real>::Acc*, const int32_t*, const Cpu<Real>::Acc*, const int32_t*,          \
-                                const Real*, const Real*, const StepParams*, RouterShape);                             \
-  template size_t router_scratch_bytes<Cpu<Real>>(RouterShape);                                                        \
+#define INSTANTIATE(Real)                                                                                            \
+  template void router_forward(Cpu<Real>&, Cpu<Real>::Acc*, int32_t*, Cpu<Real>::Acc*, Cpu<Real>::Acc*, int32_t*,    \
+                               void*, const Real*, const Real*, const Cpu<Real>::Acc*, const int32_t*, RouterShape); \
+  template void balance_loss(Cpu<Real>&, StepStats*, int32_t*, const Cpu<Real>::Acc*, const int32_t*,                \
+                             const Cpu<Real>::Acc*, const StepParams*, RouterShape);                                 \
+  template void router_backward(Cpu<Real>&, Real*, Grad<Cpu<Real>>, void*, const Cpu<Real>::Acc*,                    \
+                                const Cpu<Real>::Acc*, const int32_t*, const Cpu<Real>::Acc*, const int32_t*,        \
+                                const Real*, const Real*, const StepParams*, RouterShape);                           \
+  template size_t router_scratch_bytes<Cpu<Real>>(RouterShape);                                                      \
   template void router_bias_update(Cpu<Real>&, Cpu<Real>::Acc*, const int32_t*, const StepStats*, double, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

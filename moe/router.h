@@ -19,10 +19,10 @@ enum class Gate : int32_t { softmax, sigmoid };
 
 struct RouterShape {
   int64_t N, C, E, K;
-  int64_t G;                  // groups of balance statistics; divides N; tokens of a group are consecutive
+  int64_t G;  // groups of balance statistics; divides N; tokens of a group are consecutive
   Gate gate;
   bool norm_topk_prob;
-  double route_scale;         // sigmoid only
+  double route_scale;  // sigmoid only
   double aux_coef, z_coef;
 };
 

@@ -39,14 +39,16 @@ RoutingReader::RoutingReader(const std::string& path, RoutingFileShape expected)
   if (expected.layers == 0) fail("--replay-routing ", path, ": this model has no MoE layer");
   char start[8];
   int32_t h[5];
-  if (std::fread(start, 1, 8, file_) != 8 || std::memcmp(start, magic, 8) || std::fread(h, 4, 5, file_) != 5 || h[0] != 1)
+  if (std::fread(start, 1, 8, file_) != 8 || std::memcmp(start, magic, 8) || std::fread(h, 4, 5, file_) != 5 ||
+      h[0] != 1)
     fail(path, ": not a routing file of this program (magic GPTMOERT, version 1)");
   if (h[1] != expected.E || h[2] != expected.K || h[3] != expected.N || h[4] != expected.layers)
-    fail(path, ": recorded with E ", h[1], ", K ", h[2], ", N ", h[3], ", ", h[4], " MoE layers; this run has E ", expected.E,
-         ", K ", expected.K, ", N ", expected.N, ", ", expected.layers);
+    fail(path, ": recorded with E ", h[1], ", K ", h[2], ", N ", h[3], ", ", h[4], " MoE layers; this run has E ",
+         expected.E, ", K ", expected.K, ", N ", expected.N, ", ", expected.layers);
   std::fseek(file_, 0, SEEK_END);
   int64_t body = std::ftell(file_) - header_bytes, step = shape_.layer_values() * shape_.value_bytes() * shape_.layers;
-  if (body % step) fail(path, ": truncated: ", body, " bytes of choices are not a multiple of the ", step, " of a micro-step");
+  if (body % step)
+    fail(path, ": truncated: ", body, " bytes of choices are not a multiple of the ", step, " of a micro-step");
   micro_steps_ = body / step;
   for (int64_t m = 0; m < micro_steps_; ++m)  // a bad value is found before the run, not in its middle
     for (int64_t l = 0; l < shape_.layers; ++l) read(m, l);
@@ -55,15 +57,18 @@ RoutingReader::~RoutingReader() {
   if (file_) std::fclose(file_);
 }
 std::vector<int32_t> RoutingReader::read(int64_t micro_step, int64_t layer) {
-  if (micro_step < 0 || micro_step >= micro_steps_) fail(path_, ": holds ", micro_steps_, " micro-steps; number ", micro_step, " was asked for");
+  if (micro_step < 0 || micro_step >= micro_steps_)
+    fail(path_, ": holds ", micro_steps_, " micro-steps; number ", micro_step, " was asked for");
   int64_t bytes = shape_.layer_values() * shape_.value_bytes();
   std::vector<uint8_t> raw(bytes);
-  if (std::fseek(file_, header_bytes + (micro_step * shape_.layers + layer) * bytes, SEEK_SET) || std::fread(raw.data(), 1, raw.size(), file_) != raw.size())
+  if (std::fseek(file_, header_bytes + (micro_step * shape_.layers + layer) * bytes, SEEK_SET) ||
+      std::fread(raw.data(), 1, raw.size(), file_) != raw.size())
     fail(path_, ": ", errno_text());
   std::vector<int32_t> index(shape_.layer_values());
   for (size_t i = 0; i < index.size(); ++i) {
     index[i] = shape_.value_bytes() == 1 ? raw[i] : raw[2 * i] | raw[2 * i + 1] << 8;
-    if (index[i] >= shape_.E) fail(path_, ": micro-step ", micro_step, ", layer ", layer, ": expert ", index[i], " of ", shape_.E);
+    if (index[i] >= shape_.E)
+      fail(path_, ": micro-step ", micro_step, ", layer ", layer, ": expert ", index[i], " of ", shape_.E);
   }
   return index;
 }

@@ -16,10 +16,20 @@ double max_over_mean(const std::vector<std::vector<int32_t>>& load) {
 }
 
 nlohmann::ordered_json step_record(const StepReport& r) {
-  nlohmann::ordered_json j{{"step", r.step}, {"loss", r.stats.loss}, {"aux_loss", r.stats.aux_loss}, {"z_loss", r.stats.z_loss},
-                           {"lr", r.learning_rate}, {"grad_norm", r.stats.grad_norm}, {"clip", r.stats.clip},
-                           {"ms", r.milliseconds}, {"tokens_per_s", r.tokens_per_s}, {"mfu", r.mfu}, {"memory_bytes", r.memory_bytes},
-                           {"load_max_over_mean", max_over_mean(r.expert_load)}, {"loss_z", r.stats.loss_z}, {"norm_z", r.stats.norm_z}};
+  nlohmann::ordered_json j{{"step", r.step},
+                           {"loss", r.stats.loss},
+                           {"aux_loss", r.stats.aux_loss},
+                           {"z_loss", r.stats.z_loss},
+                           {"lr", r.learning_rate},
+                           {"grad_norm", r.stats.grad_norm},
+                           {"clip", r.stats.clip},
+                           {"ms", r.milliseconds},
+                           {"tokens_per_s", r.tokens_per_s},
+                           {"mfu", r.mfu},
+                           {"memory_bytes", r.memory_bytes},
+                           {"load_max_over_mean", max_over_mean(r.expert_load)},
+                           {"loss_z", r.stats.loss_z},
+                           {"norm_z", r.stats.norm_z}};
   if (!r.skipped.empty()) j["skipped"] = r.skipped;
   j["expert_load"] = r.expert_load;
   return j;
@@ -27,9 +37,12 @@ nlohmann::ordered_json step_record(const StepReport& r) {
 
 std::string step_line(const StepReport& r, bool time_left) {
   char text[320];
-  int n = std::snprintf(text, sizeof text, "step %5lld/%lld | loss %.9g | aux %.6g z %.6g | load %.2f | norm %.4f | lr %.3e | %.1f ms | %.0f tok/s | %.1f%% of peak | %s",
-                        (long long)r.step, (long long)r.total_steps, r.stats.loss, r.stats.aux_loss, r.stats.z_loss, max_over_mean(r.expert_load),
-                        r.stats.grad_norm, r.learning_rate, r.milliseconds, r.tokens_per_s, 100 * r.mfu, readable_bytes(double(r.memory_bytes)).c_str());
+  int n = std::snprintf(text, sizeof text,
+                        "step %5lld/%lld | loss %.9g | aux %.6g z %.6g | load %.2f | norm %.4f | lr %.3e | %.1f ms | "
+                        "%.0f tok/s | %.1f%% of peak | %s",
+                        (long long)r.step, (long long)r.total_steps, r.stats.loss, r.stats.aux_loss, r.stats.z_loss,
+                        max_over_mean(r.expert_load), r.stats.grad_norm, r.learning_rate, r.milliseconds,
+                        r.tokens_per_s, 100 * r.mfu, readable_bytes(double(r.memory_bytes)).c_str());
   std::string line(text, std::min<size_t>(size_t(n), sizeof text - 1));
   if (time_left) {
     auto seconds = int64_t(double(r.total_steps - r.step) * r.milliseconds / 1000);

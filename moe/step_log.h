@@ -11,9 +11,9 @@ struct StepReport {
   int64_t step = 0, total_steps = 0;
   StepStats stats;
   double learning_rate = 0, milliseconds = 0, tokens_per_s = 0, mfu = 0;
-  size_t memory_bytes = 0;                         // allocated by the plan
-  std::vector<std::vector<int32_t>> expert_load;   // per layer (E) selections of the step; empty for dense layers
-  std::string skipped;                             // why the update was skipped; empty: it was not
+  size_t memory_bytes = 0;                        // allocated by the plan
+  std::vector<std::vector<int32_t>> expert_load;  // per layer (E) selections of the step; empty for dense layers
+  std::string skipped;                            // why the update was skipped; empty: it was not
 };
 
 // Largest over mean load of the worst layer; 1 at balance.
