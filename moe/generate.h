@@ -1,8 +1,19 @@
 // Text generation with a key/value cache: one token in, one token out, at a cost that does not grow with the text.
 #pragma once
+#include "llmc/sampler.h"
 #include "llmc/tokenizer.h"
 #include "moe/model.h"
-#include "llmc/sampler.h"
+
+// Ids of the prompt, all of which the model must have.
+inline std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt, int64_t vocab_size) {
+  std::vector<int32_t> ids = tokenizer.encode(prompt);
+  int32_t largest = tokenizer.eot();  // goes before every text
+  for (int32_t id : ids) largest = std::max(largest, id);
+  if (largest >= vocab_size)
+    fail("the prompt needs token ", largest, ", but the model has ids 0 to ", vocab_size - 1,
+         ": its tokenizer is another one");
+  return ids;
+}
 
 // Continues `prompt` (ids; end-of-text goes before them) by up to max_new tokens, calling emit(id) for each. Token number
 // i uses the uniform of (seed, "generate", i), so a seed repeats its text.
