@@ -5,6 +5,7 @@
 #ifdef GPT_MOE_OPENBLAS
 #include <cblas.h>
 #endif
+#include <cstring>
 
 #include "llmc/cpu_math.h"
 
@@ -80,8 +81,15 @@ void plain_gemm(bool ta, bool tb, int64_t M, int64_t N, int64_t K, Acc alpha, co
 }
 
 #ifdef GPT_MOE_OPENBLAS
-// Ops divide their work among threads themselves; the library must not do it a second time.
-[[maybe_unused]] const bool openblas_single_threaded = [] { return openblas_set_num_threads(1), true; }();
+// Ops divide their work among threads themselves; the library must not do it a second time. A release that does not know
+// the processor takes it for a Prescott (2004), and is then slower than the plain loop.
+bool openblas_is_fast() {
+  static const bool fast = [] {
+    openblas_set_num_threads(1);
+    return std::strcmp(openblas_get_corename(), "Prescott") != 0;
+  }();
+  return fast;
+}
 #endif
 
 }  // namespace
@@ -95,7 +103,7 @@ void gemm<float>(bool plain, bool ta, bool tb, int64_t M, int64_t N, int64_t K, 
       dnnl_sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', M, N, K, alpha, A, lda, B, ldb, beta, C, ldc) == dnnl_success)
     return;
 #elif defined(GPT_MOE_OPENBLAS)
-  if (!plain && K > 0)
+  if (!plain && K > 0 && openblas_is_fast())
     return cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A,
                        lda, B, ldb, beta, C, ldc);
 #endif
@@ -108,7 +116,7 @@ void gemm<double>(bool plain, bool ta, bool tb, int64_t M, int64_t N, int64_t K,
                   int64_t lda, const double* B, int64_t ldb, double beta, double* C, int64_t ldc) {
   if (M <= 0 || N <= 0) return;
 #if defined(GPT_MOE_OPENBLAS)
-  if (!plain && K > 0)
+  if (!plain && K > 0 && openblas_is_fast())
     return cblas_dgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A,
                        lda, B, ldb, beta, C, ldc);
 #endif
