@@ -317,7 +317,7 @@ void train_main(Options o, Device& dev) {
   if (!o.init_from.empty()) o.init_from = checkpoint_directory("--init-from", o.init_from);
   std::string source = o.resume ? (o.dry_run ? "" : find_latest(o.out)) : o.init_from, model_type;
   ModelFileInfo info;
-  if (!source.empty()) o.model = model_of(source, o, true, info, model_type);
+  if (!source.empty()) o.model = model_of(source, o, info, model_type);
   RunOptions run = fit_memory(dev, o, run_options(o));
   if (o.memory_report || o.dry_run) {
     RunOptions other = run;
@@ -340,7 +340,7 @@ template <class Device>
 std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, ModelFileInfo& info,
                                             int64_t decode_positions) {
   std::string model_type;
-  ModelConfig config = model_of(o.checkpoint, o, false, info, model_type);
+  ModelConfig config = model_of(o.checkpoint, o, info, model_type);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
   run.decode_positions = decode_positions ? decode_positions

@@ -9,14 +9,18 @@
 
 namespace {
 
+struct Declared {  // options that fix the model, and those that say how its experts are balanced
+  std::vector<CLI::Option*> model, balance;
+};
+
 struct Names {  // options whose values are names, parsed after CLI11 is done
   std::string gate = "softmax", balance = "aux", scope = "microbatch";
 };
 
-// Declares every option on `app`, bound to o and names, with what they hold as defaults. Returns the options that fix
-// the model.
-std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
-  std::vector<CLI::Option*> model;
+// Declares every option on `app`, bound to o and names, with what they hold as defaults. Returns those that the caller
+// wants to know more about.
+Declared declare(CLI::App& app, Options& o, Names& names) {
+  Declared declared;
   ModelConfig& m = o.model;
   app.set_config("--config", "",
                  "read options from a TOML or INI file (the same names without --; the command line wins)");
@@ -24,9 +28,10 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   app.option_defaults()->always_capture_default();
   auto group = [&](const char* name) { app.option_defaults()->group(name); };
   auto fixes_model = [&](CLI::Option* option) {
-    model.push_back(option);
+    declared.model.push_back(option);
     return option;
   };
+  auto balances = [&](CLI::Option* option) { declared.balance.push_back(option); };
 
   group("What to do (default: train)");
   app.add_flag("--memory-report", o.memory_report, "print the memory plan before anything is allocated");
@@ -63,11 +68,11 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
   fixes_model(app.add_option("--route-scale", m.route_scale, "factor on sigmoid gates"));
   fixes_model(app.add_option("--capacity-factor", m.capacity_factor,
                              "an expert keeps ceil(c*N*K/E) rows of a micro-batch; 0: dropless"));
-  app.add_option("--balance", names.balance, "aux (loss), bias (selection bias, sigmoid only) or none");
-  app.add_option("--balance-scope", names.scope, "statistics over the microbatch or over each sequence");
-  app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)");
-  app.add_option("--z-coef", m.z_coef, "coefficient of the router z-loss");
-  app.add_option("--bias-rate", m.bias_rate, "step of the selection bias");
+  balances(app.add_option("--balance", names.balance, "aux (loss), bias (selection bias, sigmoid only) or none"));
+  balances(app.add_option("--balance-scope", names.scope, "statistics over the microbatch or over each sequence"));
+  balances(app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)"));
+  balances(app.add_option("--z-coef", m.z_coef, "coefficient of the router z-loss"));
+  balances(app.add_option("--bias-rate", m.bias_rate, "step of the selection bias"));
 
   group("Data");
   app.add_option("--train-data", o.train_data, "token shards (.bin), a file or a glob");
@@ -149,13 +154,13 @@ std::vector<CLI::Option*> declare(CLI::App& app, Options& o, Names& names) {
 
   group("Debugging");
   app.add_flag("--plain-matmul", o.plain_matmul, "cpu: plain loops instead of the matmul library");
-  return model;
+  return declared;
 }
 
-// Parses argv into o; returns which model-fixing options were given.
-std::vector<std::string> parse(int argc, char** argv, Options& o, Names& names) {
+// Parses argv into o and names, and notes which of the declared options were given.
+void parse(int argc, char** argv, Options& o, Names& names) {
   CLI::App app("gpt-moe: trains a GPT with mixture-of-experts layers", "train_gpt_moe");
-  std::vector<CLI::Option*> model = declare(app, o, names);
+  Declared declared = declare(app, o, names);
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
@@ -169,10 +174,12 @@ std::vector<std::string> parse(int argc, char** argv, Options& o, Names& names) 
     if (line.starts_with(unknown)) line = "--config: no option is called '" + line.substr(unknown.size()) + "'";
     fail(line, " (see --help)");
   }
-  std::vector<std::string> given;
-  for (CLI::Option* option : model)
-    if (option->count() > 0) given.push_back(option->get_name());
-  return given;
+  auto given = [](const std::vector<CLI::Option*>& options, std::vector<std::string>& names) {
+    for (CLI::Option* option : options)
+      if (option->count() > 0) names.push_back(option->get_name());
+  };
+  given(declared.model, o.model_options_given);
+  given(declared.balance, o.balance_options_given);
 }
 
 void check_choice(const char* option, const std::string& value, std::initializer_list<const char*> choices) {
@@ -210,7 +217,7 @@ Options parse_options(int argc, char** argv) {
   apply_preset(o);
   names.gate = name_of(o.model.gate), names.balance = name_of(o.model.balance),
   names.scope = name_of(o.model.balance_scope);
-  o.model_options_given = parse(argc, argv, o, names);
+  parse(argc, argv, o, names);
 
   o.model.gate = parse_gate(names.gate), o.model.balance = parse_balance(names.balance);
   o.model.balance_scope = parse_balance_scope(names.scope);

@@ -14,7 +14,8 @@ struct Options {
   // Model
   std::string preset = "tiny";
   ModelConfig model;
-  std::vector<std::string> model_options_given;  // options that fix the model, as written by the user
+  // Which of the options that fix the model, and that say how its experts are balanced, the user wrote.
+  std::vector<std::string> model_options_given, balance_options_given;
   // Data
   std::string train_data = "data/kjv/kjv_train.bin", val_data = "data/kjv/kjv_val.bin";
   std::string tokenizer_ranks = "data/gpt2.tiktoken";

@@ -24,21 +24,19 @@ inline RunOptions run_options(const Options& o) {
   return r;
 }
 
-// How experts are balanced while training: not part of what a checkpoint is.
-inline void copy_balance(ModelConfig& to, const ModelConfig& from) {
-  to.balance = from.balance, to.balance_scope = from.balance_scope;
-  to.aux_coef = from.aux_coef, to.z_coef = from.z_coef, to.bias_rate = from.bias_rate;
-}
-
-// The model of a checkpoint or Hugging Face directory. What the command line says about the architecture must agree;
-// how experts are balanced while training is the command line's to say.
-inline ModelConfig model_of(const std::string& dir, const Options& o, bool training, ModelFileInfo& info,
-                            std::string& model_type) {
+// The model of a checkpoint or Hugging Face directory. What the command line says about the architecture must agree; how
+// experts are balanced it may change, option by option.
+inline ModelConfig model_of(const std::string& dir, const Options& o, ModelFileInfo& info, std::string& model_type) {
   ModelConfig c = read_hf_config(dir + "/config.json", info, model_type), asked = o.model;
-  if (training)
-    copy_balance(c, asked);
-  else
-    copy_balance(asked, c);
+  for (const std::string& name : o.balance_options_given) {
+    if (name == "--balance") c.balance = asked.balance;
+    if (name == "--balance-scope") c.balance_scope = asked.balance_scope;
+    if (name == "--aux-coef") c.aux_coef = asked.aux_coef;
+    if (name == "--z-coef") c.z_coef = asked.z_coef;
+    if (name == "--bias-rate") c.bias_rate = asked.bias_rate;
+  }
+  asked.balance = c.balance, asked.balance_scope = c.balance_scope;
+  asked.aux_coef = c.aux_coef, asked.z_coef = c.z_coef, asked.bias_rate = c.bias_rate;
   if (!o.model_options_given.empty() && c != asked) {
     std::string given;
     for (const std::string& name : o.model_options_given) given += " " + name;

@@ -12,9 +12,12 @@ nvidia-smi >/dev/null 2>&1 || cuda=0
 make -s train_gpt_moe CUDA=$cuda >/dev/null
 [ -f data/kjv/kjv_train.bin ] && [ -f data/kjv/kjv_val.bin ] || python3 data/kjv.py
 
-rm -rf "$out"
+if [ -e "$out" ]; then  # an earlier run is kept once
+  rm -rf "$out.old"
+  mv "$out" "$out.old"
+fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-./train_gpt_moe --preset tiny --out "$out" --steps 1500 --batch-size 8 --seq-len 256 --lr 4e-3 --eval-every 500
+./train_gpt_moe --preset tiny --out "$out" --steps 1200 --batch-size 8 --seq-len 256 --lr 4e-3 --eval-every 400
 
 ./train_gpt_moe --generate --checkpoint "$out" --prompt "In the beginning" --max-new-tokens 2400 --temperature 0.8 --top-p 0.95 >"$out/generated.txt"
 echo "--- generated text ($out/generated.txt):"

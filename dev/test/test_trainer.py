@@ -53,6 +53,14 @@ class Resume(TrainerTest):
         bias = Safetensors(self.checkpoint(run) / "model.safetensors").tensors["model.layers.0.mlp.gate.e_score_correction_bias"]
         self.assertTrue(any(struct.unpack("<4f", bias[2])))
 
+    def test_keeps_the_balance_options_of_the_run(self):
+        """A resumed run that leaves them out goes on with those it began with, not with the defaults."""
+        balance = ["--aux-coef", 0.5, "--z-coef", 0.25, "--balance-scope", "sequence"]
+        whole = self.trained("--steps", 20, *balance, out="whole")
+        self.trained("--steps", 20, *balance, "--stop-after", 10, out="halves")
+        self.ok(*self.training("--steps", 20, "--resume", out="halves"))
+        self.assert_same_run(whole, self.path("halves"))
+
     def test_every_other_part(self):
         self.check("--n-layer", 2, "--dense-layers", 0, "--d-dense", 32, "--d-shared", 16, "--capacity-factor", 0.8, "--tied", "false", "--qk-norm", "false", "--schedule", "wsd")
 
