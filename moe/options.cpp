@@ -70,7 +70,8 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
                              "an expert keeps ceil(c*N*K/E) rows of a micro-batch; 0: dropless"));
   balances(app.add_option("--balance", names.balance, "aux (loss), bias (selection bias, sigmoid only) or none"));
   balances(app.add_option("--balance-scope", names.scope, "statistics over the microbatch or over each sequence"));
-  balances(app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)"));
+  balances(
+      app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)"));
   balances(app.add_option("--z-coef", m.z_coef, "coefficient of the router z-loss"));
   balances(app.add_option("--bias-rate", m.bias_rate, "step of the selection bias"));
 
