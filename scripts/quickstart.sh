@@ -16,7 +16,6 @@ if [ -e "$out" ]; then  # an earlier run is kept once
   rm -rf "$out.old"
   mv "$out" "$out.old"
 fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 ./train_gpt_moe --preset tiny --out "$out" --steps 1200 --batch-size 8 --seq-len 256 --lr 4e-3 --eval-every 400
 
 ./train_gpt_moe --generate --checkpoint "$out" --prompt "In the beginning" --max-new-tokens 2400 --temperature 0.8 --top-p 0.95 >"$out/generated.txt"
