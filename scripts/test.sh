@@ -8,9 +8,8 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh
 dev/check_layers.sh
 
-# Tests run side by side, one thread each.
-export OMP_NUM_THREADS=1
-jobs=$(nproc 2>/dev/null || echo 2)
+jobs=$(nproc 2>/dev/null || echo 2)  # before OMP_NUM_THREADS, which nproc heeds
+export OMP_NUM_THREADS=1             # tests run side by side, one thread each
 generator=()
 command -v ninja >/dev/null 2>&1 && generator=(-G Ninja)
 build() {  # build PRESET FOLDER-SUFFIX
