@@ -90,6 +90,11 @@ class Trainer {
         fail("--seq-len ", o_.seq_len, " differs from the run's ", s.seq_len, "; the order of samples would change");
       if (s.total_steps != total_steps_)
         std::printf("note: the schedule had %lld steps, now %lld\n", (long long)s.total_steps, (long long)total_steps_);
+      if (s.total_batch_tokens != o_.total_batch_tokens)
+        std::printf("note: a step had %lld tokens, now %lld\n", (long long)s.total_batch_tokens,
+                    (long long)o_.total_batch_tokens);
+      if (s.dtype != model_files::torch_dtype<Device>())
+        std::printf("note: the run was in %s, now %s\n", s.dtype.c_str(), model_files::torch_dtype<Device>());
       load_weights(model_, dir, model_type);
       load_optimizer(model_, dir);
       step_ = s.step, next_sample_ = s.next_sample;
@@ -122,8 +127,8 @@ class Trainer {
     while (step_ < end && !stop_requested) {
       one_step();
       bool last = step_ == end;
-      if (val_ && (last || (o_.eval_every && step_ % o_.eval_every == 0))) evaluate();
-      if (o_.sample_every && (last || step_ % o_.sample_every == 0)) sample();
+      if (val_ && !stop_requested && (last || (o_.eval_every && step_ % o_.eval_every == 0))) evaluate();
+      if (o_.sample_every && !stop_requested && (last || step_ % o_.sample_every == 0)) sample();
       if (o_.checkpoint_every && step_ % o_.checkpoint_every == 0) save(), saved = step_;
     }
     if (saved != step_) save();
@@ -185,9 +190,9 @@ class Trainer {
     log_.train(step_, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
     if (terminal_)
-      std::printf("\r\033[K%s", step_line(r, true).c_str());
-    else if (step_ == 1 || step_ % 10 == 0 || step_ == total_steps_ || !r.skipped.empty())
-      std::printf("%s\n", step_line(r, false).c_str());
+      std::printf("\r\033[K%s", step_line(r, last_step()).c_str());
+    else if (step_ == 1 || step_ % 10 == 0 || step_ == last_step() || !r.skipped.empty())
+      std::printf("%s\n", step_line(r, 0).c_str());
     std::fflush(stdout);
   }
 
@@ -315,20 +320,21 @@ std::string checkpoint_directory(const char* option, const std::string& dir) {
 template <class Device>
 void train_main(Options o, Device& dev) {
   if (!o.init_from.empty()) o.init_from = checkpoint_directory("--init-from", o.init_from);
-  std::string source = o.resume ? (o.dry_run ? "" : find_latest(o.out)) : o.init_from, model_type;
+  std::string source = o.resume ? find_latest(o.out) : o.init_from, model_type;
   ModelFileInfo info;
   if (!source.empty()) o.model = model_of(source, o, info, model_type);
-  RunOptions run = fit_memory(dev, o, run_options(o));
+  RunOptions run = run_options(o);
+  choose_policies(dev, o, run);
   if (o.memory_report || o.dry_run) {
     RunOptions other = run;
-    other.dispatch = Dispatch::materialized;
-    Model<Device> ours(dev, o.model, run), materialized(dev, o.model, other);
-    std::fputs(memory_report(summarize(ours.plan, o.model), summarize(materialized.plan, o.model), o.model, run,
-                             sizeof(typename Device::Real))
-                   .c_str(),
+    other.dispatch = other_dispatch(run.dispatch);
+    auto summary = [&](const RunOptions& r) { return summarize(Model<Device>(dev, o.model, r).plan, o.model); };
+    std::fputs(memory_report(summary(run), summary(other), o.model, run, sizeof(typename Device::Real)).c_str(),
                stdout);
+    std::fflush(stdout);
   }
   if (o.dry_run) return;
+  check_memory(dev, o, run);
   Trainer<Device> trainer(dev, o, run, info);
   trainer.open_data(info.own);
   trainer.start(source, model_type);

@@ -1,5 +1,5 @@
 // A device: where tensors live and ops run. Every op is declared once as a template over the device; Cpu<Real> is the
-// readable reference and a working backend, Gpu<Real> (device.cuh) the fast one.
+// readable reference and a working backend.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -33,8 +33,8 @@ struct Cpu {
   int layer = -1;  // of the op being run, for the status
 
   void* allocate(size_t bytes) {
-    void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-    if (!p && bytes) throw std::bad_alloc();
+    void* p = nullptr;  // exactly `bytes`: an overrun by one is an overrun
+    if (posix_memalign(&p, alignment, bytes)) throw std::bad_alloc();
     return p;
   }
   void release(void* p) { std::free(p); }

@@ -95,11 +95,6 @@ class ParameterTable {
   const Buffer& buffer(int i) const { return buffers_[i]; }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   int64_t partials() const { return n_partials_; }
-  int64_t n_values() const {
-    int64_t n = 0;
-    for (const Parameter& p : parameters_) n += p.rows * p.cols;
-    return n;
-  }
 
   std::vector<ParameterView<Device>> views() const {
     std::vector<ParameterView<Device>> views;

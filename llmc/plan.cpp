@@ -65,6 +65,12 @@ void Plan::place() {
   }
 }
 
+size_t Plan::separate_bytes() const {
+  size_t sum = 0;
+  for (const TensorInfo& t : tensors_) sum = checked_end(sum + t.bytes);
+  return sum;
+}
+
 size_t Plan::category_bytes(Category c) const {
   size_t sum = 0;
   for (const TensorInfo& t : tensors_)

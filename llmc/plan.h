@@ -70,6 +70,8 @@ class Plan {
   void place();
 
   size_t arena_bytes() const { return arena_bytes_; }
+  // What --arena separate allocates: every tensor by itself.
+  size_t separate_bytes() const;
   size_t persistent_bytes() const { return persistent_bytes_; }
   // Bytes by category. For workspace it is what the arena needs beyond the other categories, so that the sum over the
   // categories is arena_bytes(), to the byte.

@@ -136,11 +136,6 @@ T parse(const char* option, const std::string& s, std::initializer_list<T> all) 
 }
 }  // namespace
 
-std::vector<std::string> preset_names() {
-  std::vector<std::string> names;
-  for (const Preset& p : presets()) names.push_back(p.name);
-  return names;
-}
 ModelConfig preset(const std::string& name) {
   std::string known;
   for (const Preset& p : presets()) {

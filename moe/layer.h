@@ -18,6 +18,9 @@ enum class Recompute { none, act, up, block };
 enum class Dispatch { zero_buffer, materialized };
 const char* name_of(Recompute r);
 const char* name_of(Dispatch d);
+constexpr Dispatch other_dispatch(Dispatch d) {
+  return d == Dispatch::zero_buffer ? Dispatch::materialized : Dispatch::zero_buffer;
+}
 
 // Weights and gradients of an MLP, and its activations between forward and backward.
 template <class Device>

@@ -16,6 +16,7 @@ struct TrainerState {
   int64_t next_sample = 0;  // global index of the next training sample
   uint64_t seed = 0;
   int64_t total_steps = 0, total_batch_tokens = 0, seq_len = 0;
+  std::string dtype = "";  // of the weights: float64, float32, bfloat16
 };
 
 namespace model_files {
@@ -148,6 +149,9 @@ inline TrainerState read_trainer_state(const std::string& dir) {
   };
   get("step", s.step), get("next_sample", s.next_sample), get("seed", s.seed), get("total_steps", s.total_steps);
   get("total_batch_tokens", s.total_batch_tokens), get("seq_len", s.seq_len);
+  if (!j.contains("dtype") || !j["dtype"].is_string())
+    fail(path, ": key 'dtype' is missing; the checkpoint is damaged");
+  s.dtype = j["dtype"].get<std::string>();
   return s;
 }
 
@@ -159,7 +163,10 @@ void check_weights(const Model<Device>& model, const std::string& dir, const std
   std::set<std::string> known;
   if (model.config.tied) known.insert("lm_head.weight");  // some writers store the shared matrix twice
   for (int64_t l = 0; l < model.config.n_layer; ++l)
-    if (model.has_bias(l)) known.insert(model_files::bias_name(l));
+    if (model.has_bias(l)) {
+      model_files::find_tensor(files, dir, model_files::bias_name(l), {model.config.n_expert});
+      known.insert(model_files::bias_name(l));
+    }
   for (const Parameter& p : model.table.parameters()) {
     std::string name = hf_tensor_name(p.name, model_type);
     model_files::find_tensor(files, dir, name, model_files::shape_of(p));

@@ -92,7 +92,7 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--stop-after", o.stop_after, "end the run at this step without changing the schedule; 0: off");
   app.add_option("--lr", o.schedule.peak, "peak learning rate");
   app.add_option("--schedule", o.schedule_name, "cosine, linear, constant or wsd");
-  app.add_option("--warmup-steps", o.schedule.warmup_steps, "steps of linear warm-up");
+  app.add_option("--warmup-steps", o.schedule.warmup_steps, "steps of linear warm-up, at most half of all");
   app.add_option("--final-lr-fraction", o.schedule.final_fraction, "learning rate at the end, as a fraction of --lr");
   app.add_option("--wsd-decay-fraction", o.schedule.wsd_decay_fraction,
                  "wsd: part of the steps in which the rate falls");
@@ -268,6 +268,8 @@ Options parse_options(int argc, char** argv) {
   check_choice("--arena", o.arena, {"planned", "separate"});
   check_choice("--export", o.export_format, {"", "hf"});
   if (o.dtype.empty()) o.dtype = "fp32";
+  if (!o.grad_dtype.empty() && o.dtype != "bf16")
+    fail("--grad-dtype is for --dtype bf16; gradients of ", o.dtype, " weights are ", o.dtype);
   if (o.device == "cuda") fail("--device cuda: this binary was built without CUDA; use --device cpu");
   if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)
     fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(),
@@ -285,6 +287,8 @@ Options parse_options(int argc, char** argv) {
   if (!o.record_routing.empty() && !o.replay_routing.empty())
     fail("--record-routing and --replay-routing exclude each other");
   if (o.generate && !o.export_format.empty()) fail("--generate and --export exclude each other");
+  if ((o.dry_run || o.memory_report) && (o.generate || !o.export_format.empty()))
+    fail("--dry-run and --memory-report belong to training, not to ", o.generate ? "--generate" : "--export");
   if (o.out.empty()) fail("--out must name a directory");
   if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty())
     fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");

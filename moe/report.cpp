@@ -1,5 +1,6 @@
 #include "moe/report.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 
@@ -7,12 +8,15 @@ PlanSummary summarize(const Plan& plan, const ModelConfig& config) {
   PlanSummary s;
   for (int c = 0; c < n_category; ++c) s.bytes[c] = plan.category_bytes(Category(c));
   s.total = plan.arena_bytes();
-  for (int l = 0; l < config.n_layer; ++l) s.layers.push_back({config.is_dense(l) ? "mlp" : "moe", 0, 0, 0});
+  for (int l = 0; l < config.n_layer; ++l) s.layers.push_back({config.is_dense(l) ? "mlp" : "moe", 0, 0, 0, 0, 0, 0});
   for (const TensorInfo& t : plan.tensors()) {  // one pass: a large model has tens of thousands of tensors
     if (t.layer < 0) continue;
     auto& layer = s.layers[t.layer];
     if (t.category == Category::saved) (t.part == "attention" ? layer.attention_saved : layer.saved) += t.bytes;
     if (t.category == Category::metadata) layer.metadata += t.bytes;
+    if (t.category == Category::weights) layer.weights += t.bytes;
+    if (t.category == Category::gradients) layer.gradients += t.bytes;
+    if (t.category == Category::optimizer) layer.optimizer += t.bytes;
   }
   return s;
 }
@@ -35,18 +39,22 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     text += line;
   };
   int64_t N = run.B * run.T;
+  const char* other_name = name_of(other_dispatch(run.dispatch));
   add("memory plan: %lld parameters (%lld active), micro-batch %lld x %lld tokens, %lld a step, dispatch %s\n",
       (long long)config.parameters(), (long long)config.active_parameters(), (long long)run.B, (long long)run.T,
       (long long)run.micro_steps, name_of(run.dispatch));
   for (size_t l = 0; l < ours.layers.size(); ++l) {
     const auto& layer = ours.layers[l];
+    add("layer %zu weights %zu gradients %zu optimizer %zu\n", l, layer.weights, layer.gradients, layer.optimizer);
     add("layer %zu attention saved %zu\n", l, layer.attention_saved);
-    if (layer.part == "moe")
+    if (layer.part == "moe") {
       add("layer %zu moe saved %zu metadata %zu\n", l, layer.saved, layer.metadata);
-    else
+      add("layer %zu moe with %s saved %zu\n", l, other_name, other.layers[l].saved);
+    } else {
       add("layer %zu mlp saved %zu\n", l, layer.saved);
+    }
   }
-  add("%-22s %20s %12s   %20s\n", "bytes", name_of(run.dispatch), "", "materialized");
+  add("%-22s %20s %12s   %20s\n", "bytes", name_of(run.dispatch), "", other_name);
   for (int c = 0; c < n_category; ++c)
     add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c],
         readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
@@ -55,19 +63,22 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     if (ours.layers[l].part != "moe") continue;
     size_t formula = real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
     const char* name = real_bytes == 2 ? "2NC + 4NKF" : real_bytes == 4 ? "4NC + 8NKF" : "8NC + 16NKF";
-    add("a MoE layer keeps %zu (recompute %s); %s = %zu; materialized keeps %zu\n", ours.layers[l].saved,
-        name_of(run.policy(int64_t(l))), name, formula, other.layers[l].saved);
+    add("a MoE layer keeps %zu (recompute %s); %s = %zu; %s keeps %zu\n", ours.layers[l].saved,
+        name_of(run.policy(int64_t(l))), name, formula, other_name, other.layers[l].saved);
     break;
   }
   return text;
 }
 
 size_t available_memory() {
+  size_t available = 0;
   std::ifstream file("/proc/meminfo");
-  std::string key, unit;
-  for (size_t kib; file >> key >> kib; std::getline(file, unit))
-    if (key == "MemAvailable:") return kib * 1024;
-  return 0;
+  std::string key, rest;
+  for (size_t kib; file >> key >> kib; std::getline(file, rest))
+    if (key == "MemAvailable:") available = kib * 1024;
+  size_t limit = 0;  // "max", no limit, reads as no number
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit) available = available ? std::min(available, limit) : limit;
+  return available;
 }
 
 std::vector<Recompute> choose_recompute(int64_t L, size_t budget,

@@ -9,7 +9,7 @@
 struct PlanSummary {
   struct Layer {
     std::string part;  // "moe" or "mlp"
-    size_t attention_saved, saved, metadata;
+    size_t attention_saved, saved, metadata, weights, gradients, optimizer;
   };
   size_t bytes[n_category];
   size_t total;
@@ -17,16 +17,17 @@ struct PlanSummary {
 };
 PlanSummary summarize(const Plan& plan, const ModelConfig& config);
 
-// The report as text. One line a layer, `layer 0 moe saved 117440512 metadata 983556`, in bytes; a table by category beside
-// the same plan with --dispatch materialized; and 2NC + 4NKF (s/2 times that for storage of s bytes) beside what a MoE
-// layer keeps.
-std::string memory_report(const PlanSummary& ours, const PlanSummary& materialized, const ModelConfig& config,
+// The report as text, in bytes. A layer: `layer 0 moe saved 117440512 metadata 541700`, what attention saves, and its
+// weights, gradients and optimizer state. Then a table by category beside the same plan with the other --dispatch, and
+// 2NC + 4NKF (s/2 times that for storage of s bytes) beside what a MoE layer keeps.
+std::string memory_report(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config,
                           const RunOptions& run, size_t real_bytes);
 
 // Bytes as "12.34 GiB", "3.2 MiB", "17 B".
 std::string readable_bytes(double bytes);
 
-// Memory that this machine can still give, in bytes (MemAvailable of /proc/meminfo; 0 where unknown).
+// Memory that this machine can still give, in bytes: MemAvailable of /proc/meminfo, or the container's limit
+// (cgroup v2), the smaller; 0 where unknown.
 size_t available_memory();
 
 // The cheapest recompute policy, layer by layer, whose plan needs at most `budget` bytes: `act` for the first layers,

@@ -31,8 +31,7 @@ void scores(Acc* p, const Acc* s, Acc lse, const RouterShape& shape) {
 
 // The K best of key (E), best first; ties, and NaN, go to the lowest free index.
 template <class Acc>
-void top_k(int32_t* index, Acc* key, int64_t E, int64_t K) {
-  const Acc taken = -std::numeric_limits<Acc>::infinity();
+void top_k(int32_t* index, const Acc* key, int64_t E, int64_t K) {
   for (int64_t k = 0; k < K; ++k) {
     int64_t best = -1;
     for (int64_t e = 0; e < E; ++e) {
@@ -41,7 +40,6 @@ void top_k(int32_t* index, Acc* key, int64_t E, int64_t K) {
       if (!used && (best < 0 || key[e] > key[best])) best = e;
     }
     index[k] = int32_t(best);
-    key[best] = taken;
   }
 }
 }  // namespace

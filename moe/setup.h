@@ -47,49 +47,59 @@ inline ModelConfig model_of(const std::string& dir, const Options& o, ModelFileI
   return c;
 }
 
-// --recompute auto, and the check that the plan fits; returns options that do.
+// Bytes that a run with these options would allocate.
 template <class Device>
-RunOptions fit_memory(Device& dev, const Options& o, RunOptions run) {
-  size_t available = available_memory();
-  size_t budget =
-      o.memory_budget > 0 ? std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30))) : available;
-  auto bytes = [&](const RunOptions& r) { return Model<Device>(dev, o.model, r).plan.arena_bytes(); };
-  auto with = [&](const std::vector<Recompute>& policies) {
-    RunOptions r = run;
-    r.recompute = policies;
-    return r;
-  };
-  if (o.recompute == "auto") {
-    auto policies =
-        choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) { return bytes(with(p)); });
-    if (policies.empty())
-      fail("--recompute auto: even --recompute block needs ",
-           readable_bytes(double(bytes(with(std::vector<Recompute>(o.model.n_layer, Recompute::block))))),
-           ", more than the ", readable_bytes(double(budget)), " allowed; use a smaller --batch-size or --seq-len");
-    run.recompute = policies;
-    std::map<std::string, int> count;
-    for (Recompute p : policies) ++count[name_of(p)];
-    std::printf("recompute auto:");
-    for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
-    std::printf(" (plan %s of %s)\n", readable_bytes(double(bytes(run))).c_str(),
-                readable_bytes(double(budget)).c_str());
-  }
-  if (o.dry_run || budget == 0 || bytes(run) <= budget) return run;
-  size_t needed = bytes(run);
-  std::string hint = "no batch size fits; choose a smaller model";
-  for (RunOptions r = run; r.B >= 1; r.B /= 2) {
-    bool found = false;
+size_t bytes_of(Device& dev, const ModelConfig& model, const RunOptions& run) {
+  Plan plan = Model<Device>(dev, model, run).plan;
+  return run.separate_arena ? plan.separate_bytes() : plan.arena_bytes();
+}
+
+// Bytes that a run may allocate; 0: not known.
+inline size_t budget_of(const Options& o) {
+  if (o.memory_budget > 0) return std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30)));
+  return available_memory();
+}
+
+// --recompute auto: sets the cheapest policies that fit, and says which.
+template <class Device>
+void choose_policies(Device& dev, const Options& o, RunOptions& run) {
+  if (o.recompute != "auto") return;
+  size_t budget = budget_of(o), least = 0;
+  if (budget == 0) fail("--recompute auto: this machine does not say how much memory is free; give --memory-budget");
+  auto policies = choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) {
+    run.recompute = p;
+    size_t bytes = bytes_of(dev, o.model, run);
+    least = least ? std::min(least, bytes) : bytes;
+    return bytes;
+  });
+  if (policies.empty())
+    fail("--recompute auto: even --recompute block needs ", readable_bytes(double(least)), ", more than the ",
+         readable_bytes(double(budget)), " allowed; use a smaller --batch-size or --seq-len");
+  run.recompute = policies;
+  std::map<std::string, int> count;
+  for (Recompute p : policies) ++count[name_of(p)];
+  std::printf("recompute auto:");
+  for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
+  std::printf(" (plan %s of %s)\n", readable_bytes(double(bytes_of(dev, o.model, run))).c_str(),
+              readable_bytes(double(budget)).c_str());
+}
+
+// Refuses a run that does not fit, naming the nearest setting that does.
+template <class Device>
+void check_memory(Device& dev, const Options& o, const RunOptions& run) {
+  size_t budget = budget_of(o), needed = bytes_of(dev, o.model, run);
+  if (budget == 0 || needed <= budget) return;
+  std::string hint;
+  for (RunOptions r = run; r.B >= 1 && hint.empty(); r.B /= 2)
     for (Recompute p : {Recompute::act, Recompute::up, Recompute::block}) {
       r.recompute.assign(o.model.n_layer, p);
-      size_t b = bytes(r);
-      if (b > budget) continue;
+      size_t bytes = bytes_of(dev, o.model, r);
+      if (bytes > budget) continue;
       hint = "--batch-size " + std::to_string(r.B) + " --recompute " + name_of(p) + " would fit (" +
-             readable_bytes(double(b)) + ")";
-      found = true;
+             readable_bytes(double(bytes)) + ")";
       break;
     }
-    if (found) break;
-  }
   fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)),
-       o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ", hint);
+       o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ",
+       hint.empty() ? "no batch size fits; choose a smaller model" : hint);
 }

@@ -35,7 +35,7 @@ nlohmann::ordered_json step_record(const StepReport& r) {
   return j;
 }
 
-std::string step_line(const StepReport& r, bool time_left) {
+std::string step_line(const StepReport& r, int64_t last_step) {
   char text[320];
   int n = std::snprintf(text, sizeof text,
                         "step %5lld/%lld | loss %.9g | aux %.6g z %.6g | load %.2f | norm %.4f | lr %.3e | %.1f ms | "
@@ -44,8 +44,8 @@ std::string step_line(const StepReport& r, bool time_left) {
                         max_over_mean(r.expert_load), r.stats.grad_norm, r.learning_rate, r.milliseconds,
                         r.tokens_per_s, 100 * r.mfu, readable_bytes(double(r.memory_bytes)).c_str());
   std::string line(text, std::min<size_t>(size_t(n), sizeof text - 1));
-  if (time_left) {
-    auto seconds = int64_t(double(r.total_steps - r.step) * r.milliseconds / 1000);
+  if (last_step) {
+    auto seconds = int64_t(double(last_step - r.step) * r.milliseconds / 1000);
     line += " | " + std::to_string(seconds / 60) + "m" + std::to_string(seconds % 60) + "s left";
   }
   if (!r.skipped.empty()) line += " | update skipped: " + r.skipped;

@@ -20,8 +20,9 @@ struct StepReport {
 double max_over_mean(const std::vector<std::vector<int32_t>>& expert_load);
 
 nlohmann::ordered_json step_record(const StepReport& r);
-// "step  120/1500 | loss 2.345678 aux ... " ; with time_left, for a terminal, "| 1m23s left" at the end.
-std::string step_line(const StepReport& r, bool time_left);
+// "step  120/1500 | loss 2.345678 aux ... " ; with last_step not 0, for a terminal, "| 1m23s left" at the end:
+// the time until that step.
+std::string step_line(const StepReport& r, int64_t last_step);
 
 // Floating-point operations that training takes a token, forward and backward: 6 for each parameter the token meets, and
 // causal attention, 6*L*T*NH*HD.

@@ -9,7 +9,8 @@ out=runs/quickstart
 scripts/setup.sh
 cuda=1
 nvidia-smi >/dev/null 2>&1 || cuda=0
-make -s train_gpt_moe CUDA=$cuda >/dev/null
+mkdir -p runs
+make train_gpt_moe CUDA=$cuda >runs/build.log 2>&1 || { cat runs/build.log >&2; exit 1; }
 [ -f data/kjv/kjv_train.bin ] && [ -f data/kjv/kjv_val.bin ] || python3 data/kjv.py
 
 if [ -e "$out" ]; then  # an earlier run is kept once

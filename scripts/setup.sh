@@ -3,35 +3,39 @@
 # it is there already; uses sudo only if not root.
 set -euo pipefail
 
-# package : a file that shows it is there
-wanted=(
-  "g++ /usr/bin/g++" "cmake /usr/bin/cmake" "make /usr/bin/make" "ninja-build /usr/bin/ninja" "ccache /usr/bin/ccache"
-  "python3 /usr/bin/python3" "libopenblas-dev dpkg" "libdnnl-dev dpkg"
-  "libcli11-dev dpkg" "nlohmann-json3-dev dpkg" "libgtest-dev dpkg" "libpcre2-dev dpkg"
-  "bible-kjv /usr/bin/bible" "bible-kjv-text dpkg"
-)
+# Without these nothing builds; without those something is slower or refuses with a line that says so.
+required=(g++ cmake make python3 libcli11-dev nlohmann-json3-dev libgtest-dev bible-kjv bible-kjv-text)
+optional=(libdnnl-dev libopenblas-dev libpcre2-dev ninja-build ccache)
 
-missing=()
-for entry in "${wanted[@]}"; do
-  package=${entry%% *} sign=${entry#* }
-  case $sign in
-    dpkg) dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package") ;;
-    *) command -v "$(basename "$sign")" >/dev/null 2>&1 || [ -e "$sign" ] || missing+=("$package") ;;
+# A tool counts as installed wherever it came from, a library as a package.
+installed() {
+  case $1 in
+    g++ | cmake | make | python3 | ccache) command -v "$1" >/dev/null 2>&1 && return ;;
+    ninja-build) command -v ninja >/dev/null 2>&1 && return ;;
   esac
-done
-[ ${#missing[@]} -eq 0 ] && { echo "setup: everything is installed"; exit 0; }
+  dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'
+}
+missing=() wished=()
+for package in "${required[@]}"; do installed "$package" || missing+=("$package"); done
+for package in "${optional[@]}"; do installed "$package" || wished+=("$package"); done
+[ ${#missing[@]} -eq 0 ] && [ ${#wished[@]} -eq 0 ] && { echo "setup: everything is installed"; exit 0; }
 
 command -v apt-get >/dev/null 2>&1 || {
-  echo "setup: no apt-get here; install the equivalents of: ${missing[*]}" >&2
+  echo "setup: no apt-get here; install the equivalents of: ${missing[*]} ${wished[*]}" >&2
   exit 1
 }
 sudo=
 if [ "$(id -u)" -ne 0 ]; then
-  command -v sudo >/dev/null 2>&1 || { echo "setup: not root and no sudo; as root run: apt-get install ${missing[*]}" >&2; exit 1; }
+  command -v sudo >/dev/null 2>&1 || { echo "setup: not root and no sudo; as root run: apt-get install ${missing[*]} ${wished[*]}" >&2; exit 1; }
   sudo=sudo
 fi
-echo "setup: installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
+# install PACKAGE...
+install() { $sudo apt-get install -y -qq --no-install-recommends "$@" >/dev/null; }
+echo "setup: installing ${missing[*]} ${wished[*]}"
 $sudo apt-get update -qq
-$sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+if ! install "${missing[@]}" "${wished[@]}" 2>/dev/null; then  # one that this release lacks stops all: singly then
+  [ ${#missing[@]} -eq 0 ] || install "${missing[@]}"
+  for package in "${wished[@]}"; do install "$package" || echo "setup: going on without $package"; done
+fi
 echo "setup: done"

@@ -52,6 +52,24 @@ struct TripleLoop {
   }
 };
 
+TEST(Gradients, Matmul) {
+  Sizes s{5, 7, 3};
+  auto x = random_tensor<double>("x", s.N * s.IC), w = random_tensor<double>("w", s.OC * s.IC);
+  auto dout = random_tensor<double>("dout", s.N * s.OC);
+  std::vector<double> out(s.N * s.OC), dx(s.N * s.IC), dw(s.OC * s.IC, 0.0);
+  std::vector<char> scratch(matmul_scratch_bytes<Cpu<double>>(s.N, s.IC, s.OC));
+  Cpu<double> dev;
+  auto objective = [&] {
+    matmul_forward(dev, out.data(), scratch.data(), x.data(), w.data(), s.N, s.IC, s.OC);
+    return weighted_sum(out, dout);
+  };
+  matmul_backward_input(dev, dx.data(), scratch.data(), dout.data(), w.data(), s.N, s.IC, s.OC);
+  matmul_backward_weight(dev, Grad<Cpu<double>>{dw.data(), true}, scratch.data(), dout.data(), x.data(), s.N, s.IC,
+                         s.OC);
+  EXPECT_LT(gradient_error(x, dx, objective), gradient_limit);
+  EXPECT_LT(gradient_error(w, dw, objective), gradient_limit);
+}
+
 TYPED_TEST(Matmul, ThreeProductsAreTheTripleLoop) {
   using Real = TypeParam;
   using Acc = typename Cpu<Real>::Acc;

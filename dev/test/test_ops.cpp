@@ -56,6 +56,42 @@ TYPED_TEST(Ops, EmbeddingGradientSumsTheRowsOfRepeatedTokensInOrder) {
   expect_accumulates<Real>(V * C, run);
 }
 
+TEST(Gradients, Embedding) {
+  const int64_t N = 7, C = 3, V = 5;
+  std::vector<int32_t> tokens = {4, 0, 4, 2, 4, 2, 1};
+  auto table = random_tensor<double>("table", V * C), dout = random_tensor<double>("dout", N * C);
+  std::vector<double> out(N * C), gradient(V * C, 0.0);
+  std::vector<char> scratch(embedding_backward_scratch_bytes<Cpu<double>>(N, C, V));
+  Cpu<double> dev;
+  auto objective = [&] {
+    embedding_forward(dev, out.data(), tokens.data(), table.data(), N, C, V);
+    return weighted_sum(out, dout);
+  };
+  embedding_backward(dev, Grad<Cpu<double>>{gradient.data(), true}, scratch.data(), tokens.data(), dout.data(), N, C,
+                     V);
+  EXPECT_LT(gradient_error(table, gradient, objective), gradient_limit);
+}
+
+// The gradient that passes the norm by (dresidual) is that of the sum too: both inputs get the same.
+TEST(Gradients, ResidualRmsnorm) {
+  const int64_t N = 4, C = 6;
+  auto a = random_tensor<double>("a", N * C), b = random_tensor<double>("b", N * C), w = random_tensor<double>("w", C);
+  auto dout = random_tensor<double>("dout", N * C), past = random_tensor<double>("past", N * C);
+  std::vector<double> sum(N * C), out(N * C), rstd(N), dx(N * C), dw(C, 0.0);
+  std::vector<char> scratch(rmsnorm_backward_scratch_bytes<Cpu<double>>(N, C));
+  Cpu<double> dev;
+  auto objective = [&] {
+    residual_rmsnorm_forward(dev, sum.data(), out.data(), rstd.data(), a.data(), b.data(), w.data(), N, C, 1e-6);
+    return weighted_sum(out, dout) + weighted_sum(sum, past);
+  };
+  objective();
+  rmsnorm_backward(dev, dx.data(), Grad<Cpu<double>>{dw.data(), true}, scratch.data(), dout.data(), past.data(),
+                   sum.data(), w.data(), rstd.data(), N, C);
+  EXPECT_LT(gradient_error(a, dx, objective), gradient_limit);
+  EXPECT_LT(gradient_error(b, dx, objective), gradient_limit);
+  EXPECT_LT(gradient_error(w, dw, objective), gradient_limit);
+}
+
 // ---- RMSNorm
 
 template <class Real>
