@@ -5,10 +5,14 @@
 // threads, one after the other, many times; medians of the times and of the ratio of neighbours. The result is checked
 // against plain loops in double.
 //
-//   ./experts_cpu [threads]
+//   build/experts_cpu [--threads N] [--json FILE]     FILE gets one line a row of the table, appended
 #include <chrono>
 #include <cstdio>
+#include <ctime>
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "llmc/cpu_math.h"
@@ -100,8 +104,29 @@ struct Problem {
 };
 }  // namespace
 
+std::string processor() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
+
 int main(int argc, char** argv) {
-  if (argc > 1) omp_set_num_threads(std::atoi(argv[1]));
+  std::string json;
+  for (int i = 1; i < argc; i += 2) {
+    std::string option = argv[i];
+    if (i + 1 == argc || (option != "--threads" && option != "--json")) {
+      std::fprintf(stderr, "experts_cpu: usage: experts_cpu [--threads N] [--json FILE]\n");
+      return 1;
+    }
+    if (option == "--threads")
+      omp_set_num_threads(std::max(1, std::atoi(argv[i + 1])));
+    else
+      json = argv[i + 1];
+  }
+  std::string date(10, ' '), name = processor();
+  std::time_t now = std::time(nullptr);
+  std::strftime(date.data(), 11, "%F", std::gmtime(&now));
   std::printf("%d threads, C %ld, F %ld, E %ld, top_k %ld, float\n", omp_get_max_threads(), long(C), long(F), long(E),
               long(K));
   std::printf("  rows an expert   expert op us  GFLOP/s   library us  GFLOP/s   op / library   error\n");
@@ -123,6 +148,17 @@ int main(int argc, char** argv) {
     good = good && error < 1e-5;  // false for NaN
     std::printf("  %14ld %14.1f %8.1f %12.1f %8.1f %13.0f%% %9.1e\n", long(rows), t * 1e6, flop / t * 1e-9, l * 1e6,
                 flop / l * 1e-9, 100 * median(ratio), error);
+    if (json.empty()) continue;
+    nlohmann::ordered_json record{{"bench", "experts_cpu"},
+                                  {"shape", "C256 F128 E8 rows" + std::to_string(rows)},
+                                  {"impl", "ours"},
+                                  {"ms", t * 1e3},
+                                  {"library_ms", l * 1e3},
+                                  {"ratio", median(ratio)},
+                                  {"threads", omp_get_max_threads()},
+                                  {"cpu", name},
+                                  {"date", date}};
+    std::ofstream(json, std::ios::app) << record.dump() << "\n";
   }
   if (!good) std::printf("WRONG: the expert op differs from plain loops\n");
   return good ? 0 : 1;

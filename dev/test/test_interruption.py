@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Runs that end before their time: signals, kills at any moment of a save, a full disk.
-TRAINER=build/train_gpt_moe python3 dev/test/test_interruption.py; TRAINER_KILLS=n kills n times (default 100)."""
+TRAINER=build/train_gpt_moe python3 dev/test/test_interruption.py; TRAINER_KILLS=n kills n times (default 60)."""
 
 import os
 import random
@@ -64,7 +64,7 @@ class Interrupted(TrainerTest):
     def test_killed_at_any_moment(self):
         common = ["--steps", 100000, "--checkpoint-every", 1, "--keep", 2]
         run, delay, step, cut = self.path("run"), random.Random(5), 0, 0
-        for attempt in range(int(os.environ.get("TRAINER_KILLS", 100))):
+        for attempt in range(int(os.environ.get("TRAINER_KILLS", 60))):
             exists = (run / "latest").exists()
             process = self.start(*self.training(*common, *(["--resume"] if exists else [])))
             for line in process.stdout:
