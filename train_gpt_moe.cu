@@ -63,6 +63,9 @@ class Trainer {
     }
     if (!o_.resume && exists_any(o_.out))
       fail("--out ", o_.out, " already holds a run; --resume goes on with it, another --out starts a new one");
+    std::error_code no_file;
+    if (!o_.resume && std::filesystem::file_size(o_.out + "/log.jsonl", no_file) > 0 && !no_file)
+      fail("--out ", o_.out, " holds the log of a run that has no checkpoint; remove it or choose another --out");
     int moe_layers = 0;
     for (int64_t l = 0; l < o_.model.n_layer; ++l) moe_layers += !o_.model.is_dense(l);
     routing_shape_ = {int32_t(o_.model.n_expert), int32_t(o_.model.top_k), int32_t(model_.N()), moe_layers};
@@ -133,7 +136,8 @@ class Trainer {
     }
     if (saved != step_) save();
     if (record_) record_->close();
-    if (stop_requested) std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
+    if (stop_requested && step_ < end)
+      std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
   }
 
  private:
