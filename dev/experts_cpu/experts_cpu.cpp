@@ -66,7 +66,7 @@ struct Problem {
     experts_up(dev, h.data(), a.data(), scratch.data(), x.data(), w13.data(), offsets.data(), row_slot.data(), shape);
     experts_down(dev, y.data(), scratch.data(), a.data(), w2.data(), offsets.data(), shape);
   }
-  void library() {
+  void plain_products() {
     int64_t rows = shape.R / E;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t e = 0; e < E; ++e)
@@ -133,13 +133,13 @@ int main(int argc, char** argv) {
   bool good = true;
   for (int64_t rows : {8, 16, 32, 64, 128, 256, 512}) {
     Problem p(rows);
-    for (int i = 0; i < 20; ++i) p.op(), p.library();
+    for (int i = 0; i < 20; ++i) p.op(), p.plain_products();
     std::vector<double> op, library, ratio;
     for (double start = seconds(); op.size() < 200 || seconds() - start < 1.0;) {
       double t0 = seconds();
       p.op();
       double t1 = seconds();
-      p.library();
+      p.plain_products();
       op.push_back(t1 - t0);
       library.push_back(seconds() - t1);
       ratio.push_back(library.back() / op.back());
