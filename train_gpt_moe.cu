@@ -4,10 +4,12 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <deque>
 #include <filesystem>
 #include <memory>
 
 #include "llmc/dataloader.h"
+#include "llmc/gpu.h"
 #include "llmc/logger.h"
 #include "llmc/peak.h"
 #include "moe/generate.h"
@@ -130,10 +132,14 @@ class Trainer {
     while (step_ < end && !stop_requested) {
       one_step();
       bool last = step_ == end;
-      if (val_ && !stop_requested && (last || (o_.eval_every && step_ % o_.eval_every == 0))) evaluate();
-      if (o_.sample_every && !stop_requested && (last || step_ % o_.sample_every == 0)) sample();
-      if (o_.checkpoint_every && step_ % o_.checkpoint_every == 0) save(), saved = step_;
+      auto every = [&](int64_t n) { return n && step_ % n == 0; };
+      if (last || stop_requested || every(o_.eval_every) || every(o_.sample_every) || every(o_.checkpoint_every))
+        report_all();
+      if (val_ && !stop_requested && (last || every(o_.eval_every))) evaluate();
+      if (o_.sample_every && !stop_requested && (last || every(o_.sample_every))) sample();
+      if (every(o_.checkpoint_every)) save(), saved = step_;
     }
+    report_all();
     if (saved != step_) save();
     if (record_) record_->close();
     if (stop_requested && step_ < end)
@@ -157,13 +163,14 @@ class Trainer {
       fail("--record-routing ", o_.record_routing, ": ", errno_text());
   }
 
+  // Puts a step on the device, and reports the one before it: the device always has the next step to go on with.
   void one_step() {
-    auto begin = Clock::now();
     StepParams p;
     p.step = step_ + 1;
     p.learning_rate = learning_rate(schedule_, step_);
     p.loss_scale = 1.0 / double(o_.total_batch_tokens);
     p.micro_step_scale = 1.0 / double(o_.micro_steps());
+    if (pending_.empty()) step_began_ = Clock::now();
     model_.set_params(p);
     model_.start_step();
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
@@ -180,24 +187,37 @@ class Trainer {
     model_.update();
     ++step_;
     next_sample_ += samples_per_step_;
-    check_status();
+    pending_.push_back({step_, p.learning_rate, model_.fetch_results()});
+    while (pending_.size() > 1) report_step();
+  }
 
+  // Waits for the oldest step that has not been reported.
+  void report_step() {
+    auto pending = std::move(pending_.front());
+    pending_.pop_front();
+    auto results = pending.results();
+    check_status(pending.step, results.status);
     StepReport r;
-    r.step = step_, r.total_steps = total_steps_, r.learning_rate = p.learning_rate;
-    r.stats = model_.read_stats();
-    r.milliseconds = std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
+    r.step = pending.step, r.total_steps = total_steps_, r.learning_rate = pending.learning_rate;
+    r.stats = results.stats;
+    auto now = Clock::now();
+    r.milliseconds = std::chrono::duration<double, std::milli>(now - step_began_).count();
+    step_began_ = now;
     r.tokens_per_s = double(o_.total_batch_tokens) / r.milliseconds * 1e3;
     r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / peak_;
     r.memory_bytes = model_.arena().allocated_bytes();
-    for (int64_t l = 0; l < o_.model.n_layer; ++l) r.expert_load.push_back(model_.read_load(l));
+    r.expert_load = std::move(results.load);
     r.skipped = skip_reason(r.stats);
-    log_.train(step_, r.stats.loss, r.learning_rate, r.stats.grad_norm);
+    log_.train(r.step, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
     if (terminal_)
       std::printf("\r\033[K%s", step_line(r, last_step()).c_str());
-    else if (step_ == 1 || step_ % 10 == 0 || step_ == last_step() || !r.skipped.empty())
+    else if (r.step == 1 || r.step % 10 == 0 || r.step == last_step() || !r.skipped.empty())
       std::printf("%s\n", step_line(r, 0).c_str());
     std::fflush(stdout);
+  }
+  void report_all() {
+    while (!pending_.empty()) report_step();
   }
 
   // Hands the recorded choices of a micro-step to the model before it, or takes them from it afterwards.
@@ -233,10 +253,9 @@ class Trainer {
     return "all weights are";
   }
 
-  void check_status() {
-    DeviceStatus s = model_.read_status();
+  void check_status(int64_t step, const DeviceStatus& s) {
     if (s.code == DeviceStatus::ok) return;
-    fail("step ", step_, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value,
+    fail("step ", step, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value,
          " is out of range", s.layer >= 0 ? " in layer " + std::to_string(s.layer) : std::string(), " at token ",
          s.token, " of the micro-batch");
   }
@@ -308,6 +327,13 @@ class Trainer {
   Logger log_;
   Schedule schedule_;
   int64_t total_steps_ = 0, samples_per_step_ = 0, step_ = 0, next_sample_ = 0;
+  struct Pending {
+    int64_t step;
+    double learning_rate;
+    std::function<typename Model<Device>::StepResults()> results;
+  };
+  std::deque<Pending> pending_;
+  Clock::time_point step_began_;
   double peak_ = 1;
 };
 
@@ -358,7 +384,7 @@ std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, Model
                                           : std::clamp<int64_t>(info.seq_len, 2, 4096);
   auto model = std::make_unique<Model<Device>>(dev, config, run);
   check_weights(*model, o.checkpoint, model_type);
-  if (size_t available = available_memory(); available && model->plan.arena_bytes() > available)
+  if (size_t available = free_bytes(dev); available && model->plan.arena_bytes() > available)
     fail("the model needs ", readable_bytes(double(model->plan.arena_bytes())), " and ",
          readable_bytes(double(available)), " are free");
   model->allocate();
@@ -403,8 +429,7 @@ void export_main(Options o, Device& dev) {
 }
 
 template <class Device>
-void run(const Options& o) {
-  Device dev;
+void run(const Options& o, Device&& dev) {
   dev.plain_matmul = o.plain_matmul;
   if (o.generate)
     generate_main(o, dev);
@@ -414,6 +439,22 @@ void run(const Options& o) {
     train_main(o, dev);
 }
 
+void run_on_gpu(const Options& o) {
+#ifdef GPT_MOE_CUDA
+  auto with = [&]<class Device>(Device&& dev) {
+    dev.portable = o.experts == "portable";
+    run(o, std::forward<Device>(dev));
+  };
+  bool planning = o.dry_run;
+  if (o.dtype == "fp32")
+    with(Gpu<float>(planning));
+  else
+    with(Gpu<bf16>(planning));
+#else
+  (void)o;  // parse_options refuses --device cuda
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -421,12 +462,14 @@ int main(int argc, char** argv) {
     Options o = parse_options(argc, argv);
     std::signal(SIGINT, [](int) { stop_requested = 1; });
     std::signal(SIGTERM, [](int) { stop_requested = 1; });
-    if (o.dtype == "fp32")
-      run<Cpu<float>>(o);
+    if (o.device == "cuda")
+      run_on_gpu(o);
+    else if (o.dtype == "fp32")
+      run(o, Cpu<float>());
     else if (o.dtype == "bf16")
-      run<Cpu<bf16>>(o);
+      run(o, Cpu<bf16>());
     else
-      run<Cpu<double>>(o);
+      run(o, Cpu<double>());
   } catch (const std::bad_alloc&) {
     std::fprintf(stderr, "train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs\n");
     return 1;

@@ -4,8 +4,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "llmc/types.h"
 
@@ -27,6 +30,8 @@ struct Cpu {
   using Real = Real_;
   using Acc = std::conditional_t<std::is_same_v<Real_, double>, double, float>;
   static constexpr const char* name = "cpu";
+  static constexpr bool has_graphs = false;
+  using Graph = std::nullptr_t;
 
   bool plain_matmul = false;  // the plain loop instead of the library (slower; the order of every sum is then ours)
   DeviceStatus* status = nullptr;
@@ -43,6 +48,23 @@ struct Cpu {
   void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
   void to_device(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
   void to_host(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
+  // Rows of `width` bytes, `device_pitch` apart on the device, one after another on the host.
+  void rows_to_device(void* device, size_t device_pitch, const void* host, size_t width, size_t rows) {
+    for (size_t i = 0; i < rows; ++i)
+      std::memcpy(static_cast<char*>(device) + i * device_pitch, static_cast<const char*>(host) + i * width, width);
+  }
+  void rows_to_host(void* host, const void* device, size_t device_pitch, size_t width, size_t rows) {
+    for (size_t i = 0; i < rows; ++i)
+      std::memcpy(static_cast<char*>(host) + i * width, static_cast<const char*>(device) + i * device_pitch, width);
+  }
+  // As on a device that works while the host goes on: see gpu.h.
+  void stage(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
+  using Fetch = std::function<std::vector<char>()>;
+  Fetch fetch(const std::vector<std::pair<const void*, size_t>>& pieces) {
+    std::vector<char> bytes;
+    for (auto [p, n] : pieces) bytes.insert(bytes.end(), static_cast<const char*>(p), static_cast<const char*>(p) + n);
+    return [bytes] { return bytes; };
+  }
   void synchronize() {}
   void fault(DeviceStatus::Code code, int64_t token, int64_t value) {
     if (!status) return;
@@ -52,4 +74,5 @@ struct Cpu {
   }
 
   static constexpr size_t alignment = 256;
+  static constexpr int64_t classifier_bytes = int64_t(64) << 20;  // of logits at a time
 };

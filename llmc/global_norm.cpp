@@ -27,19 +27,6 @@ void global_norm_partials(Device&, typename Device::Acc* partials, const Paramet
   }
 }
 
-namespace {
-// Standard deviations that `value` lies above the mean of the window; 0 until the window is full.
-double z_score(const double* window, int64_t count, double value) {
-  if (count < OutlierState::window) return 0;
-  double sum = 0, squares = 0;
-  for (int64_t i = 0; i < OutlierState::window; ++i) sum += window[i];
-  double mean = sum / OutlierState::window;
-  for (int64_t i = 0; i < OutlierState::window; ++i) squares += (window[i] - mean) * (window[i] - mean);
-  double deviation = std::sqrt(squares / OutlierState::window);
-  return deviation > 0 ? (value - mean) / deviation : 0;
-}
-}  // namespace
-
 template <class Device>
 void update_decision(Device&, StepStats* stats, OutlierState* outliers, const typename Device::Acc* partials,
                      const ParameterView<Device>* views, int64_t n_views, int64_t n_partials, UpdateRules rules) {
@@ -51,18 +38,7 @@ void update_decision(Device&, StepStats* stats, OutlierState* outliers, const ty
     if (!std::isfinite(tensor) && stats->bad_tensor == -1) stats->bad_tensor = int32_t(i);
     sum += tensor;
   }
-  stats->grad_norm = std::sqrt(sum);
-  stats->clip = rules.clip_norm > 0 && stats->grad_norm > rules.clip_norm ? rules.clip_norm / stats->grad_norm : 1.0;
-  stats->skip = stats->bad_tensor != -1;
-  stats->loss_z = stats->norm_z = 0;
-  if (stats->skip) return;
-  stats->loss_z = z_score(outliers->loss, outliers->count, stats->loss);
-  stats->norm_z = z_score(outliers->norm, outliers->count, stats->grad_norm);
-  if (rules.skip_loss_z > 0 && stats->loss_z > rules.skip_loss_z) stats->skip = 1;
-  if (rules.skip_norm_z > 0 && stats->norm_z > rules.skip_norm_z) stats->skip = 1;
-  int64_t at = outliers->count++ % OutlierState::window;
-  outliers->loss[at] = stats->loss;
-  outliers->norm[at] = stats->grad_norm;
+  decide_update(stats, outliers, sum, rules);
 }
 
 #define INSTANTIATE(Real)                                                                                    \

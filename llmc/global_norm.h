@@ -1,6 +1,8 @@
 // The norm of the whole gradient, and what follows from it: clipping, and whether the update happens at all. All of it
 // is decided on the device, from values that every rank has.
 #pragma once
+#include <cmath>
+
 #include "llmc/parameters.h"
 #include "llmc/step.h"
 
@@ -29,3 +31,29 @@ struct UpdateRules {
 template <class Device>
 void update_decision(Device& dev, StepStats* stats, OutlierState* outliers, const typename Device::Acc* partials,
                      const ParameterView<Device>* views, int64_t n_views, int64_t n_partials, UpdateRules rules);
+
+// What follows from the norm, for update_decision() of every device: clip factor, skip, the detector's z-scores and its
+// next state. sum: of squares; stats->bad_tensor is set.
+HOST_DEVICE inline double z_score(const double* window, int64_t count, double value) {
+  if (count < OutlierState::window) return 0;  // decisions start once the window is full
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < OutlierState::window; ++i) sum += window[i];
+  double mean = sum / OutlierState::window;
+  for (int64_t i = 0; i < OutlierState::window; ++i) squares += (window[i] - mean) * (window[i] - mean);
+  double deviation = std::sqrt(squares / OutlierState::window);
+  return deviation > 0 ? (value - mean) / deviation : 0;
+}
+HOST_DEVICE inline void decide_update(StepStats* stats, OutlierState* outliers, double sum, const UpdateRules& rules) {
+  stats->grad_norm = std::sqrt(sum);
+  stats->clip = rules.clip_norm > 0 && stats->grad_norm > rules.clip_norm ? rules.clip_norm / stats->grad_norm : 1.0;
+  stats->skip = stats->bad_tensor != -1;
+  stats->loss_z = stats->norm_z = 0;
+  if (stats->skip) return;
+  stats->loss_z = z_score(outliers->loss, outliers->count, stats->loss);
+  stats->norm_z = z_score(outliers->norm, outliers->count, stats->grad_norm);
+  if (rules.skip_loss_z > 0 && stats->loss_z > rules.skip_loss_z) stats->skip = 1;
+  if (rules.skip_norm_z > 0 && stats->norm_z > rules.skip_norm_z) stats->skip = 1;
+  int64_t at = outliers->count++ % OutlierState::window;
+  outliers->loss[at] = stats->loss;
+  outliers->norm[at] = stats->grad_norm;
+}

@@ -41,13 +41,15 @@ std::string gpu_problem() {
   return "";
 }
 
-GpuBase::GpuBase() : staging_(std::make_unique<Staging>()) {
+GpuBase::GpuBase(bool planning) : staging_(std::make_unique<Staging>()) {
+  if (planning) return;
   std::string problem = gpu_problem();
   if (!problem.empty()) fail("--device cuda: ", problem);
   CUDA_CHECK(cudaSetDevice(0));
   cudaDeviceProp properties;
   CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   gpu_name = properties.name, multiprocessors = properties.multiProcessorCount;
+  shared_bytes_per_block = properties.sharedMemPerBlockOptin;
   capability = properties.major * 10 + properties.minor;
   cudaStream_t s;
   CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
@@ -105,6 +107,14 @@ void GpuBase::to_host(void* host, const void* device, size_t bytes) {
   CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
   CUDA_CHECK(cudaStreamSynchronize(stream));
 }
+void GpuBase::rows_to_device(void* device, size_t device_pitch, const void* host, size_t width, size_t rows) {
+  CUDA_CHECK(cudaMemcpy2DAsync(device, device_pitch, host, width, width, rows, cudaMemcpyHostToDevice, stream));
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+void GpuBase::rows_to_host(void* host, const void* device, size_t device_pitch, size_t width, size_t rows) {
+  CUDA_CHECK(cudaMemcpy2DAsync(host, width, device, device_pitch, width, rows, cudaMemcpyDeviceToHost, stream));
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+}
 void GpuBase::synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream)); }
 
 void GpuBase::stage(void* device, const void* host, size_t bytes) {
@@ -145,7 +155,7 @@ GpuBase::Fetch GpuBase::fetch(const std::vector<std::pair<const void*, size_t>>&
   };
 }
 
-std::shared_ptr<GpuGraph> GpuBase::capture(const std::function<void()>& body) {
+GpuBase::Graph GpuBase::capture(const std::function<void()>& body) {
   auto g = std::make_shared<GpuGraph>();
   CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
   try {

@@ -18,14 +18,17 @@ struct GpuGraph;
 class GpuBase {
  public:
   static constexpr const char* name = "cuda";
+  static constexpr bool has_graphs = true;
   static constexpr size_t alignment = 256;
+  static constexpr int64_t classifier_bytes = int64_t(448) << 20;  // logits at a time: products large enough to be fast
 
   bool plain_matmul = false;  // dense products by our own plain kernel instead of cuBLASLt
   bool portable = false;      // the kernels for every GPU even where this one has special ones
   DeviceStatus* status = nullptr;
   int layer = -1;
 
-  GpuBase();  // errors where no GPU of compute capability 8.0 or later answers
+  // planning: for memory plans only, no GPU needed. Errors: no GPU of compute capability 8.0 or later answers.
+  explicit GpuBase(bool planning = false);
   ~GpuBase();
   GpuBase(const GpuBase&) = delete;
   GpuBase& operator=(const GpuBase&) = delete;
@@ -37,6 +40,8 @@ class GpuBase {
   void copy(void* to, const void* from, size_t bytes);  // within the device
   void to_device(void* device, const void* host, size_t bytes);
   void to_host(void* host, const void* device, size_t bytes);
+  void rows_to_device(void* device, size_t device_pitch, const void* host, size_t width, size_t rows);
+  void rows_to_host(void* host, const void* device, size_t device_pitch, size_t width, size_t rows);
   void synchronize();
 
   // Copies `bytes` of host memory to the device without waiting: through pinned memory and a copy stream, so that it
@@ -49,13 +54,15 @@ class GpuBase {
   Fetch fetch(const std::vector<std::pair<const void*, size_t>>& pieces);
 
   // Records the work that `body` puts on the stream as a graph instead of running it.
-  std::shared_ptr<GpuGraph> capture(const std::function<void()>& body);
+  using Graph = std::shared_ptr<GpuGraph>;
+  Graph capture(const std::function<void()>& body);
   void launch(GpuGraph& graph);
   // The nodes of a graph by kind: "kernel", "memset", "copy", "device-to-host copy", "host", ... one entry a node.
   static std::vector<std::string> nodes(const GpuGraph& graph);
 
   CUstream_st* stream = nullptr;
   int multiprocessors = 0;
+  size_t shared_bytes_per_block = 0;  // the most that a kernel may ask for
   int capability = 0;      // 80, 90, ...
   std::string gpu_name;    // "NVIDIA H100 80GB HBM3"
   struct Memory {
@@ -80,6 +87,7 @@ class GpuBase {
 //   Acc   float
 template <class Real_>
 struct Gpu : GpuBase {
+  using GpuBase::GpuBase;
   using Real = Real_;
   using Acc = float;
 };

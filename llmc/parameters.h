@@ -15,7 +15,7 @@ enum class Shard { replicated, rows, columns, expert };  // how tensor and exper
 // Row i is physical row first + (i / block) * stride + i % block.
 struct RowMap {
   int64_t first = 0, block = 1, stride = 1;
-  int64_t operator()(int64_t i) const { return first + i / block * stride + i % block; }
+  constexpr int64_t operator()(int64_t i) const { return first + i / block * stride + i % block; }
 };
 
 struct Parameter {

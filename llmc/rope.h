@@ -12,9 +12,9 @@
 // wide; a row of qk is the first two parts after norm and rotation.
 struct HeadShape {
   int64_t n_head, n_kv_head, head_dim;
-  int64_t q_width() const { return n_head * head_dim; }
-  int64_t qk_width() const { return (n_head + n_kv_head) * head_dim; }
-  int64_t qkv_width() const { return (n_head + 2 * n_kv_head) * head_dim; }
+  constexpr int64_t q_width() const { return n_head * head_dim; }
+  constexpr int64_t qk_width() const { return (n_head + n_kv_head) * head_dim; }
+  constexpr int64_t qkv_width() const { return (n_head + 2 * n_kv_head) * head_dim; }
 };
 
 inline constexpr int64_t max_head_dim = 512;

@@ -21,3 +21,11 @@ struct StepStats {
   int32_t bad_tensor = -1;        // first table entry whose gradient has a NaN or Inf; -2: the loss itself; -1: none
   double loss_z = 0, norm_z = 0;  // z-scores of the outlier detector
 };
+
+// *stats as at the start of a step: no losses yet, nothing bad.
+template <class Device>
+void reset_stats(Device& dev, StepStats* stats);
+
+// to (n) += from, in Acc.
+template <class Device>
+void add_to(Device& dev, typename Device::Acc* to, const typename Device::Acc* from, int64_t n);

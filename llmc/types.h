@@ -9,6 +9,13 @@
 
 #include "llmc/error.h"
 
+// Functions that CUDA kernels share with the CPU code.
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 // bfloat16: the upper half of an IEEE float. Conversion from float rounds to nearest, ties to even; NaN stays NaN.
 struct bf16 {
   uint16_t bits = 0;

@@ -3,7 +3,7 @@
 #include "llmc/cpu_math.h"
 
 template <class Device>
-void dispatch_plan(Device& dev, RoutingPlan plan, const int32_t* top_k_index, int64_t N, int64_t K, int64_t E,
+void dispatch_plan(Device& dev, RoutingPlan plan, void*, const int32_t* top_k_index, int64_t N, int64_t K, int64_t E,
                    int64_t capacity) {
   std::fill_n(plan.counts, E, 0);
   for (int64_t slot = 0; slot < N * K; ++slot) {
@@ -30,16 +30,22 @@ void dispatch_plan(Device& dev, RoutingPlan plan, const int32_t* top_k_index, in
 }
 
 template <class Device>
+size_t dispatch_scratch_bytes(int64_t, int64_t, int64_t) {
+  return 16;
+}
+
+template <class Device>
 void dispatch_gather(Device&, typename Device::Real* rows, const typename Device::Real* x, const int32_t* offsets,
-                     const int32_t* row_slot, int64_t K, int64_t E, int64_t C) {
+                     const int32_t* row_slot, int64_t, int64_t K, int64_t E, int64_t C) {
 #pragma omp parallel for
   for (int64_t r = 0; r < int64_t(offsets[E]); ++r) std::copy_n(x + row_slot[r] / K * C, C, rows + r * C);
 }
 
 #define INSTANTIATE(Real)                                                                                         \
-  template void dispatch_plan(Cpu<Real>&, RoutingPlan, const int32_t*, int64_t, int64_t, int64_t, int64_t);       \
+  template void dispatch_plan(Cpu<Real>&, RoutingPlan, void*, const int32_t*, int64_t, int64_t, int64_t, int64_t); \
+  template size_t dispatch_scratch_bytes<Cpu<Real>>(int64_t, int64_t, int64_t);                                   \
   template void dispatch_gather(Cpu<Real>&, Real*, const Real*, const int32_t*, const int32_t*, int64_t, int64_t, \
-                                int64_t);
+                                int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

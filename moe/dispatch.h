@@ -17,13 +17,15 @@ struct RoutingPlan {
 //     0 = dropless
 // Errors: an index outside [0,E) sets DeviceStatus::expert_out_of_range, and its slot is dropped.
 template <class Device>
-void dispatch_plan(Device& dev, RoutingPlan plan, const int32_t* top_k_index, int64_t N, int64_t K, int64_t E,
-                   int64_t capacity);
+void dispatch_plan(Device& dev, RoutingPlan plan, void* scratch, const int32_t* top_k_index, int64_t N, int64_t K,
+                   int64_t E, int64_t capacity);
+template <class Device>
+size_t dispatch_scratch_bytes(int64_t N, int64_t K, int64_t E);
 
 // rows (R,C) = x[row_slot/K]: the gathered copy of --dispatch materialized. Rows past offsets[E] are not written.
 template <class Device>
 void dispatch_gather(Device& dev, typename Device::Real* rows, const typename Device::Real* x, const int32_t* offsets,
-                     const int32_t* row_slot, int64_t K, int64_t E, int64_t C);
+                     const int32_t* row_slot, int64_t N, int64_t K, int64_t E, int64_t C);
 
 // The plan's tensors, as the executor sees them.
 struct RoutingTensors {

@@ -160,10 +160,11 @@ struct MoeLayer {
     s.plan.offsets = x.template tensor<int32_t>("offsets", {E + 1}, metadata);
     s.plan.row_slot = x.template tensor<int32_t>("row_slot", {experts.R}, metadata);
     s.plan.slot_row = x.template tensor<int32_t>("slot_row", {N, K}, metadata);
-    x.op("routing plan", dispatch_plan<Device>, s.plan, s.top_k_index, N, K, E, capacity);
+    auto plan_scratch = x.template tensor<char>("plan.scratch", {int64_t(dispatch_scratch_bytes<Device>(N, K, E))});
+    x.op("routing plan", dispatch_plan<Device>, s.plan, plan_scratch, s.top_k_index, N, K, E, capacity);
     if (dispatch == Dispatch::materialized) {
       s.rows = x.template tensor<Real>("x_rows", {experts.R, C}, saved);
-      x.op("gather x", dispatch_gather<Device>, s.rows, input, s.plan.offsets, s.plan.row_slot, K, E, C);
+      x.op("gather x", dispatch_gather<Device>, s.rows, input, s.plan.offsets, s.plan.row_slot, N, K, E, C);
     }
     up(s, input, saved);
     if (!recomputing) {
@@ -189,7 +190,7 @@ struct MoeLayer {
     auto dout_rows = dout;
     if (dispatch == Dispatch::materialized) {
       dout_rows = x.template tensor<Real>("dout_rows", {experts.R, C});
-      x.op("gather dout", dispatch_gather<Device>, dout_rows, dout, s.plan.offsets, s.plan.row_slot, K, E, C);
+      x.op("gather dout", dispatch_gather<Device>, dout_rows, dout, s.plan.offsets, s.plan.row_slot, N, K, E, C);
     }
     auto dh = x.template tensor<Real>("dh", {experts.R, 2 * experts.F});
     auto a_scaled = x.template tensor<Real>("a_scaled", {experts.R, experts.F});

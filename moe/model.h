@@ -6,6 +6,8 @@
 // Kept for backward per layer: the two residual streams, qkv before norm and rotation, attention's output and
 // log-sum-exp, the MoE layer's input and H (layer.h). What is cheap to make again from these is not kept.
 #pragma once
+#include <array>
+#include <functional>
 #include <memory>
 
 #include "llmc/adamw.h"
@@ -25,6 +27,7 @@ struct RunOptions {
   Dispatch dispatch = Dispatch::zero_buffer;
   std::vector<Recompute> recompute;  // per layer; empty: act
   bool separate_arena = false;
+  bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
   bool record_routing = false, replay_routing = false;
   AdamWConfig adamw;
   UpdateRules rules;
@@ -102,40 +105,24 @@ class Model {
   // ---- parameters by logical rows (host memory, Acc, row-major (rows, cols)) ----
   enum class State { weight, master, m, v, grad };
 
-  // Sets the weight, rounded to Real, and the master copy. The host form of a row is contiguous in its buffer.
+  // Sets the weight, rounded to Real, and the master copy.
   void write_parameter(const Parameter& p, const Acc* values) {
     const auto& b = table.buffer(p.buffer);
-    std::vector<Real> row(p.cols);
-    for (int64_t i = 0; i < p.rows; ++i) {
-      const Acc* source = values + i * p.cols;
-      for (int64_t c = 0; c < p.cols; ++c) row[c] = Real(source[c]);
-      device_.to_device(b.weight.data() + p.map(i) * p.cols, row.data(), size_t(p.cols) * sizeof(Real));
-      if (b.master) device_.to_device(b.master.data() + p.map(i) * p.cols, source, size_t(p.cols) * sizeof(Acc));
-    }
+    std::vector<Real> rounded(p.rows * p.cols);
+    for (size_t i = 0; i < rounded.size(); ++i) rounded[i] = Real(values[i]);
+    write_rows(p, b.weight.data(), rounded.data());
+    if (b.master) write_rows(p, b.master.data(), values);
   }
-  void write_state(const Parameter& p, State which, const Acc* values) {
-    Acc* base = state_pointer(p, which);
-    for (int64_t i = 0; i < p.rows; ++i)
-      device_.to_device(base + p.map(i) * p.cols, values + i * p.cols, size_t(p.cols) * sizeof(Acc));
-  }
+  void write_state(const Parameter& p, State which, const Acc* values) { write_rows(p, state_pointer(p, which), values); }
   std::vector<Acc> read_parameter(const Parameter& p, State which = State::weight) {
-    std::vector<Acc> values(p.rows * p.cols);
     const auto& b = table.buffer(p.buffer);
-    auto read = [&](const auto* base, bool add) {
-      std::vector<std::remove_cvref_t<decltype(*base)>> row(p.cols);
-      for (int64_t i = 0; i < p.rows; ++i) {
-        device_.to_host(row.data(), base + p.map(i) * p.cols, row.size() * sizeof row[0]);
-        for (int64_t c = 0; c < p.cols; ++c)
-          values[i * p.cols + c] = Acc(row[c]) + (add ? values[i * p.cols + c] : Acc(0));
-      }
-    };
-    if (which == State::weight || (which == State::master && !b.master))
-      read(b.weight.data(), false);
-    else if (which == State::grad) {
-      Grad<Device>(b.grad).visit([&](auto* g) { read(g, false); });
-      if (b.second_grad.tensor()) read(b.second_grad.wide.data(), true);
-    } else {
-      read(state_pointer(p, which), false);
+    if (which == State::weight || (which == State::master && !b.master)) return read_rows(p, b.weight.data());
+    if (which != State::grad) return read_rows(p, state_pointer(p, which));
+    std::vector<Acc> values;
+    Grad<Device>(b.grad).visit([&](auto* g) { values = read_rows(p, g); });
+    if (b.second_grad.tensor()) {
+      std::vector<Acc> second = read_rows(p, b.second_grad.wide.data());
+      for (size_t i = 0; i < values.size(); ++i) values[i] += second[i];
     }
     return values;
   }
@@ -156,26 +143,57 @@ class Model {
   void write_outliers(const OutlierState& s) { device_.to_device(outliers_, &s, sizeof s); }
 
   // ---- a step: set_params, start_step, (set_batch, micro_step) x micro_steps, update, then read ----
-  void set_params(const StepParams& p) { device_.to_device(params_, &p, sizeof p); }
+  // On a GPU none of these waits: inputs are staged, and the programs are put on the stream, as graphs once captured.
+  void set_params(const StepParams& p) { device_.stage(params_, &p, sizeof p); }
   void set_batch(const int32_t* tokens, const int32_t* targets) {
-    device_.to_device(tokens_, tokens, size_t(N()) * sizeof(int32_t));
-    device_.to_device(targets_, targets, size_t(N()) * sizeof(int32_t));
+    device_.stage(tokens_, tokens, size_t(N()) * sizeof(int32_t));
+    device_.stage(targets_, targets, size_t(N()) * sizeof(int32_t));
   }
-  void start_step() { x_.begin(program_start), start_step_ops(); }
-  void micro_step() { x_.begin(program_micro), micro_step_ops(); }
-  void update() { x_.begin(program_update), update_ops(); }
+  void start_step() { run(program_start, &Model::start_step_ops); }
+  void micro_step() { run(program_micro, &Model::micro_step_ops); }
+  void update() { run(program_update, &Model::update_ops); }
   // Cross-entropy of the batch that was set, times params.loss_scale, left in read_stats().loss.
-  void evaluate() { x_.begin(program_evaluate), evaluate_ops(); }
+  void evaluate() { run(program_evaluate, &Model::evaluate_ops); }
+  // The captured programs of a GPU, in the order start, micro-step, update, evaluate, decode; null where none is.
+  auto& graphs() { return graphs_; }
   // Logits (V) of one token at one position, against the cache of the positions before it.
   std::vector<float> decode(int32_t token, int32_t position) {
     device_.to_device(decode_token_, &token, sizeof token);
     device_.to_device(decode_position_, &position, sizeof position);
-    x_.begin(program_decode), decode_ops();
+    run(program_decode, &Model::decode_ops);
     std::vector<Real> row(config.vocab_size);
     device_.to_host(row.data(), decode_logits_, row.size() * sizeof(Real));
     std::vector<float> logits(row.size());
     for (size_t i = 0; i < row.size(); ++i) logits[i] = float(row[i]);
     return logits;
+  }
+
+  // What a step leaves for the log.
+  struct StepResults {
+    StepStats stats;
+    DeviceStatus status;
+    std::vector<std::vector<int32_t>> load;  // by layer, as read_load
+  };
+  // Asks for the results of the work put on the device so far; the returned function waits for them, and is to be
+  // called before the fourth such request that follows.
+  std::function<StepResults()> fetch_results() {
+    std::vector<std::pair<const void*, size_t>> pieces = {{stats_.data(), sizeof(StepStats)},
+                                                          {status_.data(), sizeof(DeviceStatus)}};
+    for (const auto& load : load_)
+      if (load) pieces.push_back({load.data(), load.info->bytes});
+    auto bytes = device_.fetch(pieces);
+    return [this, bytes] {
+      std::vector<char> all = bytes();
+      const char* at = all.data();
+      auto take = [&](void* to, size_t n) { std::memcpy(to, at, n), at += n; };
+      StepResults r;
+      take(&r.stats, sizeof r.stats), take(&r.status, sizeof r.status);
+      for (const auto& load : load_) {
+        r.load.emplace_back(load ? config.n_expert : 0);
+        if (load) take(r.load.back().data(), load.info->bytes);
+      }
+      return r;
+    };
   }
 
   StepStats read_stats() {
@@ -228,6 +246,46 @@ class Model {
     int64_t N() const { return B * T; }
   };
 
+  // Puts a program on the device: op by op, or as a graph that is captured the first time. Tests and profilers that
+  // watch single ops, and the poison of a separate arena, need it op by op.
+  void run(Program id, void (Model::*ops)()) {
+    auto body = [&] { x_.begin(id), (this->*ops)(); };
+    if constexpr (Device::has_graphs) {
+      if (options.graphs && !options.separate_arena && !x_.observer) {
+        if (!graphs_[id]) graphs_[id] = device_.capture(body);
+        device_.launch(*graphs_[id]);
+        return;
+      }
+    }
+    body();
+  }
+
+  // A parameter's rows between host (contiguous) and device: whole blocks of its row map at a time.
+  template <class T>
+  void write_rows(const Parameter& p, T* base, const T* values) {
+    each_run(p, [&](int64_t row, int64_t rows, int64_t width, int64_t pitch) {
+      device_.rows_to_device(base + p.map(row) * p.cols, size_t(pitch) * sizeof(T), values + row * p.cols,
+                             size_t(width) * sizeof(T), size_t(rows));
+    });
+  }
+  template <class T>
+  std::vector<Acc> read_rows(const Parameter& p, const T* base) {
+    std::vector<T> values(p.rows * p.cols);
+    each_run(p, [&](int64_t row, int64_t rows, int64_t width, int64_t pitch) {
+      device_.rows_to_host(values.data() + row * p.cols, base + p.map(row) * p.cols, size_t(pitch) * sizeof(T),
+                           size_t(width) * sizeof(T), size_t(rows));
+    });
+    return std::vector<Acc>(values.begin(), values.end());
+  }
+  // Calls f(first row, pieces, elements of a piece, elements from piece to piece).
+  template <class F>
+  void each_run(const Parameter& p, F f) {
+    if (p.map.block == p.map.stride) return f(0, 1, p.rows * p.cols, p.rows * p.cols);
+    int64_t whole = p.rows / p.map.block, rest = p.rows % p.map.block;
+    if (whole) f(0, whole, p.map.block * p.cols, p.map.stride * p.cols);
+    if (rest) f(whole * p.map.block, 1, rest * p.cols, rest * p.cols);
+  }
+
   Tensor<Real> weight(int buffer) const { return buffer < 0 ? Tensor<Real>{} : table.buffer(buffer).weight; }
   GradTensor<Device> grad(int buffer) const { return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad; }
   Acc* state_pointer(const Parameter& p, State which) const {
@@ -236,7 +294,7 @@ class Model {
   }
   int64_t positions_held() const { return std::max(options.T, options.decode_positions); }
   int64_t classifier_chunk(int64_t N) const {
-    int64_t rows = (int64_t(64) << 20) / (config.padded_vocab() * int64_t(sizeof(Real)));
+    int64_t rows = Device::classifier_bytes / (config.padded_vocab() * int64_t(sizeof(Real)));
     return std::min(N, std::max<int64_t>(256, rows / 64 * 64));
   }
 
@@ -536,7 +594,7 @@ class Model {
           N, C, config.vocab_size, config.padded_vocab(), chunk);
     x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
     if (!pass.training) return {};
-    if (dweight.info != dhead.info) x_.op("add head gradient", add_gradient, dhead, dweight, config.padded_vocab() * C);
+    if (dweight.info != dhead.info) x_.op("add head gradient", add_to<Device>, dhead, dweight, config.padded_vocab() * C);
     auto dres = x_.template tensor<Real>("d residual", {N, C});
     norm_backward("final norm backward", dres, norm_, dnormed, {}, residual, rstd, N);
     return dres;
@@ -549,7 +607,7 @@ class Model {
         if (g) x_.op("zero gradients", zero, Tensor<char>{g}, int64_t(g->bytes));
     for (const auto& load : load_)
       if (load) x_.op("zero load", zero, load, int64_t(config.n_expert * sizeof(int32_t)));
-    x_.op("zero stats", reset_stats, stats_);
+    x_.op("zero stats", reset_stats<Device>, stats_);
   }
 
   void micro_step_ops() {
@@ -581,7 +639,7 @@ class Model {
 
   void evaluate_ops() {
     Pass pass{options.B, options.T, false, false, tokens_, positions_};
-    x_.op("zero stats", reset_stats, stats_);
+    x_.op("zero stats", reset_stats<Device>, stats_);
     std::vector<LayerSaved> saved;
     head(pass, trunk(pass, saved));
   }
@@ -598,17 +656,11 @@ class Model {
   }
 
   static void zero(Device& dev, void* p, int64_t bytes) { dev.zero(p, size_t(bytes)); }
-  static void reset_stats(Device& dev, StepStats* stats) {
-    StepStats fresh;
-    dev.to_device(stats, &fresh, sizeof fresh);
-  }
-  static void add_gradient(Device&, Acc* to, const Acc* from, int64_t n) {
-    add_to_gradient(Grad<Device>{to, true}, 0, from, n);
-  }
 
   Device& device_;
   Executor<Device> x_;
   std::unique_ptr<Arena<Device>> arena_;
+  std::array<typename Device::Graph, 5> graphs_{};
   int embedding_ = -1, norm_ = -1, head_ = -1;
   std::vector<LayerBuffers> layers_;
   Tensor<DeviceStatus> status_;

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "llmc/gpu.h"
+
 namespace {
 
 struct Declared {  // options that fix the model, and those that say how its experts are balanced
@@ -154,7 +156,9 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--pp", o.pp, "pipeline stages");
 
   group("Debugging");
-  app.add_flag("--plain-matmul", o.plain_matmul, "cpu: plain loops instead of the matmul library");
+  app.add_flag("--plain-matmul", o.plain_matmul, "our own plain products instead of the matmul library");
+  app.add_flag("--no-graphs", o.no_graphs, "cuda: launch op by op instead of replaying captured graphs (same bits)");
+  app.add_option("--experts", o.experts, "cuda: auto, or portable: the kernels for every GPU even on Hopper");
   return declared;
 }
 
@@ -204,6 +208,22 @@ void apply_preset(Options& o) {
     o.batch_size = 8, o.seq_len = 1024;
     o.train_data = o.val_data = "";
   }
+}
+
+// Settles what "auto" and the default dtype mean on this machine. A memory plan alone needs no GPU.
+void choose_device(Options& o) {
+#ifdef GPT_MOE_CUDA
+  std::string problem = gpu_problem();
+  bool plan_only = o.dry_run && o.device == "cuda";
+  if (o.device == "auto") o.device = problem.empty() && o.dtype != "fp64" ? "cuda" : "cpu";
+  if (o.device == "cuda" && !problem.empty() && !plan_only)
+    fail("--device cuda: ", problem, "; use --device cpu");
+  if (o.device == "cuda" && o.dtype == "fp64") fail("--dtype fp64: on the CPU only; use --device cpu");
+#else
+  if (o.device == "cuda") fail("--device cuda: this binary was built without CUDA; use --device cpu");
+  o.device = "cpu";
+#endif
+  if (o.dtype.empty()) o.dtype = o.device == "cuda" ? "bf16" : "fp32";
 }
 }  // namespace
 
@@ -267,10 +287,10 @@ Options parse_options(int argc, char** argv) {
   check_choice("--dispatch", o.dispatch, {"zero_buffer", "materialized"});
   check_choice("--arena", o.arena, {"planned", "separate"});
   check_choice("--export", o.export_format, {"", "hf"});
-  if (o.dtype.empty()) o.dtype = "fp32";
+  check_choice("--experts", o.experts, {"auto", "portable"});
+  choose_device(o);
   if (!o.grad_dtype.empty() && o.dtype != "bf16")
     fail("--grad-dtype is for --dtype bf16; gradients of ", o.dtype, " weights are ", o.dtype);
-  if (o.device == "cuda") fail("--device cuda: this binary was built without CUDA; use --device cpu");
   if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)
     fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(),
          " micro-batches a step use fp32");

@@ -25,7 +25,7 @@ struct Options {
   int64_t steps = 0, stop_after = 0;  // 0 steps: by epochs
   double epochs = 1;
   uint64_t seed = 42;
-  std::string device = "auto", dtype;  // dtype empty: fp32 on cpu
+  std::string device = "auto", dtype;  // parse_options leaves "cpu" or "cuda", and a dtype
   std::string schedule_name = "cosine";
   Schedule schedule;
   AdamWConfig adamw;
@@ -46,7 +46,8 @@ struct Options {
   SamplerOptions sampler;
   // Processes
   int64_t dp = 1, ep = 1, etp = 1, tp = 1, pp = 1;
-  bool plain_matmul = false;
+  bool plain_matmul = false, no_graphs = false;
+  std::string experts = "auto";
 
   int64_t micro_steps() const { return total_batch_tokens / (batch_size * seq_len); }
 };

@@ -17,6 +17,7 @@ inline RunOptions run_options(const Options& o) {
   r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
   r.separate_arena = o.arena == "separate";
+  r.graphs = !o.no_graphs;
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
   for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
@@ -54,17 +55,26 @@ size_t bytes_of(Device& dev, const ModelConfig& model, const RunOptions& run) {
   return run.separate_arena ? plan.separate_bytes() : plan.arena_bytes();
 }
 
+// Bytes that this device can still give; 0: not known.
+template <class Device>
+size_t free_bytes(Device& dev) {
+  if constexpr (requires { dev.memory(); })
+    return dev.stream ? dev.memory().free : 0;
+  else
+    return available_memory();
+}
 // Bytes that a run may allocate; 0: not known.
-inline size_t budget_of(const Options& o) {
+template <class Device>
+size_t budget_of(Device& dev, const Options& o) {
   if (o.memory_budget > 0) return std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30)));
-  return available_memory();
+  return free_bytes(dev);
 }
 
 // --recompute auto: sets the cheapest policies that fit, and says which.
 template <class Device>
 void choose_policies(Device& dev, const Options& o, RunOptions& run) {
   if (o.recompute != "auto") return;
-  size_t budget = budget_of(o), least = 0;
+  size_t budget = budget_of(dev, o), least = 0;
   if (budget == 0) fail("--recompute auto: this machine does not say how much memory is free; give --memory-budget");
   auto policies = choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) {
     run.recompute = p;
@@ -87,7 +97,7 @@ void choose_policies(Device& dev, const Options& o, RunOptions& run) {
 // Refuses a run that does not fit, naming the nearest setting that does.
 template <class Device>
 void check_memory(Device& dev, const Options& o, const RunOptions& run) {
-  size_t budget = budget_of(o), needed = bytes_of(dev, o.model, run);
+  size_t budget = budget_of(dev, o), needed = bytes_of(dev, o.model, run);
   if (budget == 0 || needed <= budget) return;
   std::string hint;
   for (RunOptions r = run; r.B >= 1 && hint.empty(); r.B /= 2)

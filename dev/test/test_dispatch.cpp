@@ -58,8 +58,9 @@ struct Planned {
   Planned(const Routing& r, int64_t capacity)
       : counts(r.E, -77), offsets(r.E + 1, -77), row_slot(r.N * r.K, -77), slot_row(r.N * r.K, -77) {
     Cpu<float> dev{.status = &status, .layer = 5};
-    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, r.index.data(), r.N, r.K, r.E,
-                  capacity);
+    Scratch scratch(dispatch_scratch_bytes<Cpu<float>>(r.N, r.K, r.E));
+    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, scratch, r.index.data(), r.N,
+                  r.K, r.E, capacity);
   }
 };
 
@@ -160,7 +161,7 @@ TYPED_TEST(Gather, CopiesTheTokenOfEachRowAndLeavesTheRest) {
     expect_same_bits_on_any_threads([&] {
       auto rows = random_tensor<Real>("stale", r.N * r.K * C), stale = rows;
       Cpu<Real> dev;
-      dispatch_gather(dev, rows.data(), x.data(), p.offsets.data(), p.row_slot.data(), r.K, r.E, C);
+      dispatch_gather(dev, rows.data(), x.data(), p.offsets.data(), p.row_slot.data(), r.N, r.K, r.E, C);
       for (int64_t row = 0; row < r.N * r.K; ++row) {
         const Real* expected = row < p.offsets[r.E] ? &x[p.row_slot[row] / r.K * C] : &stale[row * C];
         EXPECT_EQ(std::memcmp(&rows[row * C], expected, C * sizeof(Real)), 0) << row;

@@ -53,7 +53,8 @@ struct Chain {
       : c(c), s{c.N * c.K, c.K, c.E, c.C, c.F}, dev{.plain_matmul = plain} {
     index = routing(c);
     counts.resize(c.E), offsets.resize(c.E + 1), row_slot.resize(s.R), slot_row.resize(s.R);
-    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, index.data(), c.N, c.K, c.E,
+    Scratch buckets(dispatch_scratch_bytes<Cpu<Real>>(c.N, c.K, c.E));
+    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, buckets, index.data(), c.N, c.K, c.E,
                   c.capacity);
     x = random_tensor<Real>("x", c.N * c.C), dout = random_tensor<Real>("dout", c.N * c.C);
     residual = random_tensor<Real>("residual", c.N * c.C);
@@ -66,7 +67,7 @@ struct Chain {
     gather(x_rows, x), gather(dout_rows, dout);
   }
   void gather(std::vector<Real>& rows, const std::vector<Real>& tokens) {
-    dispatch_gather(dev, rows.data(), tokens.data(), offsets.data(), row_slot.data(), c.K, c.E, c.C);
+    dispatch_gather(dev, rows.data(), tokens.data(), offsets.data(), row_slot.data(), c.N, c.K, c.E, c.C);
   }
   int64_t rows() const { return offsets[c.E]; }
   Scratch scratch() const { return Scratch(experts_scratch_bytes<Cpu<Real>>(s)); }
