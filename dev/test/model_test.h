@@ -12,8 +12,18 @@
 #include <utility>
 #include <vector>
 
+#include "llmc/gpu.h"
 #include "llmc/safetensors.h"
 #include "moe/model.h"
+
+// Why tests of this device cannot run here; empty if they can.
+template <class Device>
+std::string device_problem() {
+#ifdef GPT_MOE_CUDA
+  if constexpr (std::is_base_of_v<GpuBase, Device>) return gpu_problem();
+#endif
+  return "";
+}
 
 // Tokens of a step, one micro-batch after the other, and the token to predict at each position.
 struct Batch {
@@ -249,9 +259,10 @@ class TestModel {
     std::vector<double> result;
     model.executor().observer = [&](const std::string& op, int) {
       if (op != "classifier") return;
+      std::vector<Real> values(model.N() * Vp);
+      device.to_host(values.data(), scratch->data, values.size() * sizeof(Real));
       for (int64_t n = 0; n < model.N(); ++n)
-        for (int64_t v = 0; v < V; ++v)
-          result.push_back(double(Acc(static_cast<const Real*>(scratch->data)[n * Vp + v])));
+        for (int64_t v = 0; v < V; ++v) result.push_back(double(Acc(values[n * Vp + v])));
     };
     evaluate(batch);
     model.executor().observer = nullptr;
@@ -259,7 +270,8 @@ class TestModel {
   }
   // Logits (V) of the last decode() in full precision.
   std::vector<double> decoded_logits() {
-    const Real* row = static_cast<const Real*>(planned("decode logits")->data);
+    std::vector<Real> row(model.config.vocab_size);
+    device.to_host(row.data(), planned("decode logits")->data, row.size() * sizeof(Real));
     std::vector<double> result;
     for (int64_t v = 0; v < model.config.vocab_size; ++v) result.push_back(double(Acc(row[v])));
     return result;

@@ -1,0 +1,375 @@
+#include "dev/bench.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <ctime>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "llmc/matmul.h"
+
+namespace bench {
+namespace {
+
+constexpr size_t flush_bytes = size_t(256) << 20;  // more than any cache
+constexpr int initial_byte = 0x3C;                 // what gradients start from: about 0.0115 in either type
+constexpr double most_seconds = 3;                 // a variant so slow that its runs pass this gets fewer of them
+
+std::string utc(const char* format) {
+  char text[32];
+  std::time_t now = std::time(nullptr);
+  std::strftime(text, sizeof text, format, std::gmtime(&now));
+  return text;
+}
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin <= list.size();) {
+    size_t end = std::min(list.find(',', begin), list.size());
+    if (end > begin) parts.push_back(list.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+double initial_value(DType type) {
+  uint32_t bits = type == DType::bf16 ? 0x3C3C0000u : 0x3C3C3C3Cu;
+  return std::bit_cast<float>(bits);
+}
+
+void run_all(const Variant& v) {
+  v.forward();
+  if (v.backward) v.backward();
+}
+
+bool makes(const Variant& v, const Output& o) {
+  if (o.pass == 1 && !v.backward) return false;
+  return std::find(v.missing.begin(), v.missing.end(), o.name) == v.missing.end();
+}
+
+}  // namespace
+
+// ---- options ----
+
+int64_t Options::number(const std::string& name) const {
+  const std::string& text = own.at(name);
+  char* end = nullptr;
+  long long value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end || value <= 0) fail("--", name, " must be a positive whole number, not '", text, "'");
+  return value;
+}
+
+Options parse_options(int argc, char** argv, std::map<std::string, std::string> own) {
+  Options o;
+  o.own = std::move(own);
+  const char* from_environment = std::getenv("RUN_ID");
+  o.run_id = from_environment && *from_environment ? from_environment : utc("%Y%m%dT%H%M%SZ");
+  for (int i = 1; i < argc; ++i) {
+    std::string option = argv[i];
+    if (option == "--help" || option == "-h") {
+      std::printf("options: --shapes A,B  --variants A,B  --quick  --out FILE  --run-id ID\n");
+      for (auto& [name, value] : o.own)
+        std::printf("         --%s VALUE (default: %s)\n", name.c_str(), value.empty() ? "none" : value.c_str());
+      std::exit(0);
+    }
+    if (option == "--quick") {
+      o.quick = true;
+      continue;
+    }
+    if (!option.starts_with("--")) fail("'", option, "' is not an option (see --help)");
+    if (i + 1 == argc) fail(option, " needs a value");
+    std::string value = argv[++i], name = option.substr(2);
+    if (name == "out")
+      o.out = value;
+    else if (name == "run-id")
+      o.run_id = value;
+    else if (name == "shapes")
+      o.shapes = split(value);
+    else if (name == "variants")
+      o.variants = split(value);
+    else if (o.own.count(name))
+      o.own[name] = value;
+    else
+      fail("no option is called '", option, "' (see --help)");
+  }
+  return o;
+}
+
+// ---- timing ----
+
+Timing percentiles(std::vector<double> ms) {
+  if (ms.empty()) return {};
+  std::sort(ms.begin(), ms.end());
+  auto at = [&](double share) { return ms[size_t(std::lround(share * double(ms.size() - 1)))]; };
+  return {at(0.5), at(0.1), at(0.9)};
+}
+
+// Everything is queued before anything is waited for, so that the host is ahead of the GPU: what lies between two events
+// is the GPU's time. The overwriting of the caches separates the runs.
+Timing Lab::time(const std::function<void()>& body, const std::function<void()>& prepare, int calls) {
+  EventLog log(dev);
+  std::shared_ptr<GpuGraph> graph;
+  prepare(), body();  // libraries choose their kernels, lazily loaded code is loaded
+  if (calls > 1)
+    graph = dev.capture([&] {
+      for (int i = 0; i < calls; ++i) body();
+    });
+  auto run = [&] {
+    prepare();
+    if (!graph) dev.fill_byte(flush_, int(++stream_ & 127), flush_bytes);
+    size_t begin = log.mark();
+    graph ? dev.launch(*graph) : body();
+    log.mark();
+    return begin;
+  };
+  double estimate = log.ms(run(), 1);
+  int runs = options.quick ? 5 : 30, affordable = int(most_seconds * 1e3 / std::max(estimate, 1e-6));
+  runs = std::max(3, std::min(runs, affordable));
+  log.clear();
+  for (int i = 0; i < 5 && runs > 3; ++i) run();
+  log.clear();
+  std::vector<size_t> begins;
+  for (int i = 0; i < runs; ++i) begins.push_back(run());
+  std::vector<double> ms;
+  for (size_t begin : begins) ms.push_back(log.ms(begin, begin + 1) / calls);
+  return percentiles(ms);
+}
+
+// ---- the laboratory ----
+
+std::string short_name(const std::string& gpu_name) {
+  std::vector<std::string> words(1);
+  for (char c : gpu_name) {
+    if (c == ' ' || c == '-')
+      words.emplace_back();
+    else
+      words.back() += char(std::tolower(c));
+  }
+  std::string name;
+  for (const std::string& w : words) {
+    if (w.empty() || w == "nvidia" || w == "geforce" || w == "tesla") continue;
+    name += w;
+    if (w.find_first_of("0123456789") != std::string::npos) break;  // "rtx" goes on, "rtx4090" is complete
+  }
+  return name.empty() ? "gpu" : name;
+}
+
+Lab::Lab(std::string bench, const Options& options) : options(options), bench_(std::move(bench)) {
+  flush_ = dev.allocate(flush_bytes);
+}
+Lab::~Lab() {
+  release();
+  dev.release(flush_);
+}
+void Lab::release() {
+  for (void* p : owned_) dev.release(p);
+  owned_.clear();
+}
+
+bool Lab::wants_shape(const std::string& shape) {
+  auto asks = [&](const std::string& s) { return shape == s || shape.starts_with(s + "."); };
+  bool wanted = options.shapes.empty() || std::any_of(options.shapes.begin(), options.shapes.end(), asks);
+  any_shape_ |= wanted;
+  return wanted;
+}
+int Lab::exit_code() {
+  if (!options.shapes.empty() && !any_shape_) fail_with(bench_ + ": --shapes names none of its shapes");
+  return failed_ ? 1 : 0;
+}
+// Variant 0 always runs: the others are compared with it.
+bool Lab::wants_variant(const Variant& v) const {
+  return v.impl == "ours" || options.variants.empty() ||
+         std::find(options.variants.begin(), options.variants.end(), v.name) != options.variants.end();
+}
+
+double Lab::copy_bandwidth() {
+  if (copy_bandwidth_ == 0) {
+    size_t bytes = size_t(1) << 30;
+    auto* from = static_cast<bf16*>(dev.allocate(bytes));
+    void* to = dev.allocate(bytes);
+    fill_normal(dev, from, int64_t(bytes / sizeof(bf16)), 1, 0, ++stream_);
+    copy_bandwidth_ = 2e3 * double(bytes) / time([&] { dev.copy(to, from, bytes); }).median;
+    dev.release(from), dev.release(to);
+    std::printf("ceiling: copy %.0f GB/s\n", copy_bandwidth_ * 1e-9);
+  }
+  return copy_bandwidth_;
+}
+double Lab::matmul_rate() {
+  if (matmul_rate_ == 0) {
+    const int64_t n = 8192;
+    bf16* p = static_cast<bf16*>(dev.allocate(3 * n * n * sizeof(bf16)));
+    void* scratch = dev.allocate(matmul_scratch_bytes<Gpu<bf16>>(n, n, n));
+    fill_normal(dev, p, 3 * n * n, 1, 0, ++stream_);
+    Timing t = time([&] { matmul_forward(dev, p, scratch, p + n * n, p + 2 * n * n, n, n, n); });
+    matmul_rate_ = 2e3 * double(n) * double(n) * double(n) / t.median;
+    dev.release(p), dev.release(scratch);
+    std::printf("ceiling: matrix product %.1f TFLOP/s\n", matmul_rate_ * 1e-12);
+  }
+  return matmul_rate_;
+}
+double Lab::floor_ms(Work work) {
+  return 1e3 * (work.flops > 0 ? work.flops / matmul_rate() : work.bytes / copy_bandwidth());
+}
+
+void Lab::fail_with(const std::string& line) {
+  std::printf("FAIL %s\n", line.c_str());
+  failed_ = true;
+}
+bool Lab::accept(const std::string& what, const Output& limits, const Difference& d) {
+  bool good = d.not_finite == 0 && d.error <= limits.error_limit && d.worst <= limits.worst_limit;
+  char numbers[160];
+  std::snprintf(numbers, sizeof numbers, " %s: error %.1e, worst element %.1e, %lld not finite", limits.name.c_str(),
+                d.error, d.worst, (long long)d.not_finite);
+  if (!good)
+    fail_with(what + numbers);
+  else
+    std::printf("  ok %s%s\n", what.c_str(), numbers);
+  return good;
+}
+
+void Lab::run_checked(const Case& c, const Variant& v) {
+  c.prepare();
+  for (const Output& o : c.outputs) {
+    if (o.before == Before::input) continue;
+    int byte = o.before == Before::gradient ? initial_byte : 0xFF;
+    dev.fill_byte(o.data, byte, size_t(o.n) * dtype_size(o.type));
+  }
+  run_all(v);
+}
+
+void Lab::check_reference(const Case& c) {
+  wrong_.clear();
+  Values expected = c.reference();
+  std::vector<double*> on_device;
+  for (size_t i = 0; i < c.outputs.size(); ++i) {
+    const Output& o = c.outputs[i];
+    if (int64_t(expected[i].size()) != o.n) fail(c.shape, ": the reference of ", o.name, " has another size");
+    if (o.before == Before::gradient)
+      for (double& value : expected[i]) value += initial_value(o.type);
+    on_device.push_back(upload(expected[i]));
+  }
+  for (const Variant& v : c.variants) {
+    if (!v.checked || !wants_variant(v)) continue;
+    run_checked(c, v);
+    for (size_t i = 0; i < c.outputs.size(); ++i) {
+      const Output& o = c.outputs[i];
+      if (makes(v, o) && !accept(bench_ + " " + c.shape + " " + v.name + " against the CPU,", o,
+                                 difference(dev, o.data, o.type, on_device[i], DType::f64, o.n)))
+        wrong_.push_back(v.name);
+    }
+  }
+}
+
+void Lab::check_and_measure(const Case& c) {
+  std::vector<void*> first;  // what variant 0 made
+  std::vector<std::vector<Timing>> times;
+  std::vector<bool> good;
+  for (const Variant& v : c.variants) {
+    times.emplace_back(), good.push_back(std::find(wrong_.begin(), wrong_.end(), v.name) == wrong_.end());
+    if (!wants_variant(v)) continue;
+    if (v.checked) {
+      run_checked(c, v);
+      for (size_t i = 0; i < c.outputs.size(); ++i) {
+        const Output& o = c.outputs[i];
+        size_t bytes = size_t(o.n) * dtype_size(o.type);
+        bool is_first = first.size() == i;
+        if (is_first) first.push_back(copy_of(static_cast<char*>(o.data), int64_t(bytes)));
+        if (makes(v, o) && !accept(bench_ + " " + c.shape + " " + v.name + (is_first ? "," : " against variant 0,"), o,
+                                   difference(dev, o.data, o.type, first[i], o.type, o.n)))
+          good.back() = false;
+      }
+    }
+    times.back().push_back(time(v.forward, c.prepare, c.calls_per_graph));
+    if (!v.backward) continue;
+    times.back().push_back(time(v.backward, c.prepare, c.calls_per_graph));
+    times.back().push_back(time([&] { run_all(v); }, c.prepare, c.calls_per_graph));
+  }
+  report(c, times, good);
+}
+
+void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, const std::vector<bool>& good) {
+  const Work works[3] = {
+      c.forward, c.backward, {c.forward.flops + c.backward.flops, c.forward.bytes + c.backward.bytes}};
+  floor_ms(works[2]);  // the ceilings are measured, and printed, before the table
+  bool two_passes = bool(c.variants[0].backward);
+  const char* passes[3] = {"fwd", "bwd", "fwdbwd"};
+  // Times that a ratio is of: both passes where both variants have them, else the forward pass.
+  auto ratio = [&](size_t other, size_t mine) {
+    size_t pass = times[other].size() == 3 && times[mine].size() == 3 ? 2 : 0;
+    return times[other][pass].median / times[mine][pass].median;
+  };
+  size_t library = 0;  // none
+  for (size_t i = c.variants.size(); i-- > 1;)
+    if (c.variants[i].library && !times[i].empty()) library = i;
+
+  std::printf("%s %s%s\n", bench_.c_str(), c.shape.c_str(),
+              c.target_us > 0 ? (", target " + std::to_string(int(c.target_us)) + " us").c_str() : "");
+  std::printf("  %-18s %-7s %10s %10s %10s %9s %9s %10s %10s\n", "variant", "pass", "ms", "p10", "p90", "rate",
+              "% ceiling", "x ours", "x library");
+  for (size_t i = 0; i < c.variants.size(); ++i) {
+    if (times[i].empty()) continue;
+    const Variant& v = c.variants[i];
+    Record r;
+    r.set("bench", bench_).set("shape", c.shape).set("impl", v.impl).set("variant", v.name);
+    double percent = 0;
+    for (size_t pass = 0; pass < times[i].size(); ++pass) {
+      const Timing& t = times[i][pass];
+      const Work& w = works[pass];
+      std::string prefix = two_passes ? std::string(passes[pass]) + "_" : "";
+      double rate = w.flops > 0 ? w.flops / t.median * 1e-9 : w.bytes / t.median * 1e-6;
+      percent = 100 * floor_ms(w) / t.median;
+      r.set(prefix + "ms", t.median);
+      r.set(w.flops > 0 ? prefix + "tflops" : prefix + "gbps", rate);
+      if (two_passes) r.set(prefix + "percent_of_ceiling", percent);
+      std::printf("  %-18s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%%", v.name.c_str(), two_passes ? passes[pass] : "",
+                  t.median, t.p10, t.p90, rate, w.flops > 0 ? "TF" : "GB", percent);
+      if (pass + 1 == times[i].size()) {
+        std::printf(" %10.2f", ratio(0, i));
+        if (library) std::printf(" %10.2f", ratio(library, i));
+        if (!good[i]) std::printf(" FAIL");
+      }
+      std::printf("\n");
+    }
+    const Timing& whole = times[i].back();
+    r.set("p10_ms", whole.p10).set("p90_ms", whole.p90).set("percent_of_ceiling", percent);
+    r.set("ratio_to_production", ratio(0, i));
+    if (library) r.set("ratio_to_library", ratio(library, i));
+    if (c.target_us > 0) r.set("target_ms", c.target_us * 1e-3);
+    if (good[i]) write(std::move(r));
+  }
+  std::fflush(stdout);
+}
+
+void Lab::write(Record record) {
+  std::string gpu = short_name(dev.gpu_name),
+              path = options.out.empty() ? "dev/results/" + gpu + ".jsonl" : options.out;
+  record.set("gpu", gpu).set("date", utc("%F")).set("run_id", options.run_id);
+  nlohmann::ordered_json line;
+  for (auto& [key, value] : record.fields) std::visit([&, k = key](const auto& v) { line[k] = v; }, value);
+  std::ofstream file(path, std::ios::app);
+  if (!(file << line.dump() << std::endl)) fail("--out ", path, ": cannot be written");
+}
+
+Variant copy_floor(Lab& lab, Work forward, Work backward) {
+  size_t bytes = size_t(std::max(forward.bytes, backward.bytes) / 2);
+  bf16* from = lab.normal<bf16>(int64_t(bytes / sizeof(bf16)) + 1);
+  bf16* to = lab.memory<bf16>(int64_t(bytes / sizeof(bf16)) + 1);
+  auto copy = [&dev = lab.dev, from, to](double moved) { dev.copy(to, from, size_t(moved / 2)); };
+  Variant v{"copy", "cudaMemcpy", [copy, forward] { copy(forward.bytes); }};
+  if (backward.bytes > 0) v.backward = [copy, backward] { copy(backward.bytes); };
+  v.library = true, v.checked = false;
+  return v;
+}
+
+int guarded(const char* program, const std::function<int()>& body) {
+  try {
+    return body();
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s: %s\n", program, e.what());
+    return 1;
+  }
+}
+
+}  // namespace bench

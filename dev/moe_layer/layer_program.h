@@ -1,0 +1,101 @@
+// One MoE layer as a program of its own, planned and run as model.h does it: router, routing plan, experts, combine, and
+// backward; softmax gates renormalised over the chosen, balance loss on, H kept and A computed again (policy `act`),
+// expert gradients as narrow as the weights. Written over the device, so that the CPU can be asked for the same layer.
+#pragma once
+#include <memory>
+
+#include "dev/moe_shapes.h"
+#include "moe/layer.h"
+
+template <class Device>
+struct LayerProgram {
+  using Real = typename Device::Real;
+  using Acc = typename Device::Acc;
+  enum Id { forward_only, forward_backward };
+
+  Device& dev;
+  MoeShape shape;
+  Plan plan;
+  Executor<Device> x;
+  std::unique_ptr<Arena<Device>> arena;
+  Tensor<Real> input, residual, dout, wg, w13, w2;
+  GradTensor<Device> dwg, dw13, dw2;
+  Tensor<int32_t> load;
+  Tensor<StepStats> stats;
+  Tensor<StepParams> params;
+  Dispatch dispatch;
+  Tensor<Real> out, dinput;  // of the program that ran last
+
+  LayerProgram(Device& dev, const MoeShape& shape, Dispatch dispatch)
+      : dev(dev), shape(shape), x(dev, plan), dispatch(dispatch) {
+    int64_t T = shape.T, C = shape.d, F = shape.n, E = shape.E;
+    plan.set_place(0, "moe");
+    input = plan.persistent<Real>("x", {T, C}, Category::saved);  // the layer keeps it for backward
+    wg = plan.persistent<Real>("wg", {E, C}, Category::weights);
+    w13 = plan.persistent<Real>("w13", {E * 2 * F, C}, Category::weights);
+    w2 = plan.persistent<Real>("w2", {E * C, F}, Category::weights);
+    dwg.wide = plan.persistent<Acc>("dwg", {E, C}, Category::gradients);
+    dw13.narrow = plan.persistent<Real>("dw13", {E * 2 * F, C}, Category::gradients);
+    dw2.narrow = plan.persistent<Real>("dw2", {E * C, F}, Category::gradients);
+    plan.set_place(0, "around");  // what the network around the layer hands in
+    residual = plan.persistent<Real>("residual stream", {T, C}, Category::workspace);
+    dout = plan.persistent<Real>("dout", {T, C}, Category::workspace);
+    load = plan.persistent<int32_t>("load", {E}, Category::workspace);
+    stats = plan.persistent<StepStats>("stats", {int64_t(sizeof(StepStats))}, Category::workspace);
+    params = plan.persistent<StepParams>("params", {int64_t(sizeof(StepParams))}, Category::workspace);
+    run(forward_only), run(forward_backward);  // no arena yet: this plans
+    plan.place();
+    arena = std::make_unique<Arena<Device>>(dev, plan, false);
+    x.run_with(arena.get());
+    StepStats no_stats;
+    StepParams step;
+    dev.to_device(stats, &no_stats, sizeof no_stats);
+    dev.to_device(params, &step, sizeof step);
+    dev.zero(load, size_t(E) * sizeof(int32_t));
+  }
+
+  void run(Id id) {
+    plan.set_place(0, "moe");
+    MoeLayer<Device> layer{x,
+                           shape.router(),
+                           shape.experts(),
+                           0,
+                           Recompute::act,
+                           dispatch,
+                           wg,
+                           dwg,
+                           {},
+                           {w13, w2, dw13, dw2},
+                           {},
+                           0,
+                           load,
+                           {},
+                           {},
+                           stats,
+                           params};
+    MoeSaved<Device> saved;
+    bool keep = id == forward_backward;
+    x.begin(id);
+    out = layer.forward(saved, input, residual, keep, Category::workspace, false);
+    if (keep) dinput = layer.backward(saved, input, dout);
+  }
+
+  // Everything that lives for a part of a program only, filled with NaN bytes.
+  void poison() {
+    for (TensorInfo& t : plan.tensors())
+      if (!t.persistent && t.first >= 0) dev.fill_byte(t.data, 0xFF, t.bytes);
+  }
+
+  // What is kept between forward and backward.
+  size_t saved_bytes() const {
+    return plan.layer_bytes(0, "moe", Category::saved) + plan.layer_bytes(0, "moe", Category::metadata);
+  }
+  size_t metadata_bytes() const { return plan.layer_bytes(0, "moe", Category::metadata); }
+  // The workspace that the layer's ops share, without the tensors that are handed in.
+  size_t transient_bytes() const {
+    size_t bytes = plan.category_bytes(Category::workspace);
+    for (const TensorInfo& t : plan.tensors())
+      if (t.persistent && t.category == Category::workspace) bytes -= t.bytes;
+    return bytes;
+  }
+};
