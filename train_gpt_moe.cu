@@ -83,7 +83,9 @@ class Trainer {
   // source: the directory that weights come from; empty: none.
   void start(const std::string& source, const std::string& model_type) {
     if (!source.empty()) check_weights(model_, source, model_type);
+    size_t free_before = device_free_bytes(dev_);
     model_.allocate();
+    print_device_memory(dev_, free_before, model_.arena().allocated_bytes());
     if (o_.resume) {
       const std::string& dir = source;
       require_complete(dir);
@@ -119,6 +121,9 @@ class Trainer {
         (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(),
         (long long)o_.seq_len, (long long)total_steps_, (long long)o_.total_batch_tokens,
         readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
+    if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0)
+      std::printf("recomputation: %.1f %% more operations predicted, %.1f %% more time measured\n",
+                  100 * recomputed_share(o_.model, model_.options), 100 * measured_recompute_share(dev_, model_));
     std::fflush(stdout);
   }
 
@@ -353,16 +358,10 @@ void train_main(Options o, Device& dev) {
   std::string source = o.resume ? find_latest(o.out) : o.init_from, model_type;
   ModelFileInfo info;
   if (!source.empty()) o.model = model_of(source, o, info, model_type);
+  check_limits<Device>(o.model);
   RunOptions run = run_options(o);
   choose_policies(dev, o, run);
-  if (o.memory_report || o.dry_run) {
-    RunOptions other = run;
-    other.dispatch = other_dispatch(run.dispatch);
-    auto summary = [&](const RunOptions& r) { return summarize(Model<Device>(dev, o.model, r).plan, o.model); };
-    std::fputs(memory_report(summary(run), summary(other), o.model, run, sizeof(typename Device::Real)).c_str(),
-               stdout);
-    std::fflush(stdout);
-  }
+  if (o.memory_report || o.dry_run) print_report(dev, o, run);
   if (o.dry_run) return;
   check_memory(dev, o, run);
   Trainer<Device> trainer(dev, o, run, info);
@@ -377,6 +376,7 @@ std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, Model
                                             int64_t decode_positions) {
   std::string model_type;
   ModelConfig config = model_of(o.checkpoint, o, info, model_type);
+  check_limits<Device>(config);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
   run.decode_positions = decode_positions ? decode_positions

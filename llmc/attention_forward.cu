@@ -1,6 +1,6 @@
 // Attention forward in bf16 on tensor cores.
 //
-// A block owns 128 queries of one head and walks over the keys that they may see, 64 at a time:
+// A block owns 128 queries of one head and walks over the keys that they may see, 64 or 128 at a time:
 //   S = Q K^T                    scores of a tile, in registers (C of the product)
 //   m' = max(m, rowmax S), P = exp(S - m'), sum = sum * exp(m - m') + rowsum P, O = O * exp(m - m')
 //   O += P V                     P goes from C to A in registers
@@ -16,8 +16,8 @@ struct ForwardShape {
   static constexpr int HD = HD_;
   static constexpr int warps = 4, threads = 32 * warps;
   static constexpr int m_blocks = 2;  // a warp owns 32 queries: each operand of K and V read serves both halves
-  static constexpr int queries = 16 * m_blocks * warps, keys = 64;
-  static constexpr int blocks_per_sm = HD <= 64 ? 3 : 2;
+  static constexpr int queries = 16 * m_blocks * warps, keys = HD == 64 ? 128 : 64;  // measured, as the next line
+  static constexpr int blocks_per_sm = HD < 64 ? 3 : 2;
   static constexpr int q_bytes = queries * HD * 2, k_bytes = keys * HD * 2;
   static constexpr int shared_bytes = q_bytes + 4 * k_bytes;  // Q; two stages of K and V
 };

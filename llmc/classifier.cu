@@ -36,20 +36,29 @@ __global__ void __launch_bounds__(threads) cross_entropy_rows(float* losses, Rea
     return;
   }
   float maximum = -INFINITY, sum = 0;
-  for (int i = threadIdx.x; i < n_chunks; i += threads) {
-    Chunk c = chunks[i];
-    if (in_shared) held[i] = c;
-    float x[W], largest = maximum;
+  constexpr int batch = 4;  // loads in flight
+  for (int i0 = threadIdx.x; i0 < n_chunks; i0 += batch * threads) {
+    Chunk c[batch];
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      x[j] = i * W + j < V ? to_float(c.v[j]) : -INFINITY;
-      largest = x[j] > largest ? x[j] : largest;
+    for (int b = 0; b < batch; ++b)
+      if (i0 + b * threads < n_chunks) c[b] = chunks[i0 + b * threads];
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      int i = i0 + b * threads;
+      if (i >= n_chunks) break;
+      if (in_shared) held[i] = c[b];
+      float x[W], largest = maximum;
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        x[j] = i * W + j < V ? to_float(c[b].v[j]) : -INFINITY;
+        largest = x[j] > largest ? x[j] : largest;
+      }
+      float shift = largest == -INFINITY ? 0 : largest;  // -inf - -inf is not a number
+      if (largest > maximum) sum *= __expf(maximum - shift);
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum += __expf(x[j] - shift);
+      maximum = largest;
     }
-    float shift = largest == -INFINITY ? 0 : largest;  // -inf - -inf is not a number
-    sum *= __expf(maximum - shift);
-#pragma unroll
-    for (int j = 0; j < W; ++j) sum += __expf(x[j] - shift);
-    maximum = largest;
   }
   float at_target = to_float(row[target]);  // before anybody overwrites it
   float all = block_max(maximum);
@@ -57,6 +66,7 @@ __global__ void __launch_bounds__(threads) cross_entropy_rows(float* losses, Rea
   if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + (all - at_target);
   if (!gradient) return;
   float scale = float(params->loss_scale), factor = scale / total;
+#pragma unroll 4
   for (int i = threadIdx.x; i < n_chunks; i += threads) {
     Chunk c = in_shared ? held[i] : chunks[i];
 #pragma unroll

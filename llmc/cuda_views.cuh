@@ -31,7 +31,7 @@ __device__ void each_piece(const ParameterView<Device>& p, int64_t b, F f) {
   int64_t row0 = (b - p.first_partial) * norm_block_rows;
   int rows = int(p.rows - row0 < norm_block_rows ? p.rows - row0 : norm_block_rows);
   unsigned pieces = unsigned(p.cols / W), total = unsigned(rows) * pieces;
-#pragma unroll 2
+#pragma unroll 4
   for (unsigned i = threadIdx.x; i < total; i += view_threads) {
     unsigned row = i / pieces, piece = i - row * pieces;
     f(p.map(row0 + row) * p.cols + int64_t(piece) * W);

@@ -51,66 +51,108 @@ struct PlacePosition {
   }
 };
 
-// Sums of one run of sorted positions for 256 columns (grid.y). A token's piece that neither begins at the run's first
+// W neighbouring columns: read from dout, added to the gradient, kept in `pieces`.
+template <class Real, int W>
+struct Columns {
+  struct alignas(sizeof(Real) * W) Chunk {
+    Real v[W];
+  };
+  float sum[W] = {};
+  __device__ void add(const Chunk& c) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) sum[j] += to_float(c.v[j]);
+  }
+  __device__ void add(const float* piece) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) sum[j] += piece[j];
+  }
+  __device__ void put_aside(float* piece) const {
+#pragma unroll
+    for (int j = 0; j < W; ++j) piece[j] = sum[j];
+  }
+  __device__ void to_gradient(void* gradient, bool wide, int64_t at) const {
+    struct alignas(sizeof(float) * (W < 4 ? W : 4)) Wide {
+      float v[W];
+    };
+    if (wide) {
+      Wide* p = reinterpret_cast<Wide*>(static_cast<float*>(gradient) + at);
+      Wide v = *p;
+#pragma unroll
+      for (int j = 0; j < W; ++j) v.v[j] += sum[j];
+      *p = v;
+    } else {
+      Chunk* p = reinterpret_cast<Chunk*>(static_cast<Real*>(gradient) + at);
+      Chunk v = *p;
+#pragma unroll
+      for (int j = 0; j < W; ++j) v.v[j] = from_float<Real>(to_float(v.v[j]) + sum[j]);
+      *p = v;
+    }
+  }
+};
+
+// Sums of one run of sorted positions, W columns a thread. A token's piece that neither begins at the run's first
 // position as the rest of an earlier run nor goes on in the next is complete: it goes to the gradient. Others are put
 // aside: pieces (runs, 2, C): [0] the piece at the run's beginning, [1] the one at its end.
-template <class Real>
-__global__ void __launch_bounds__(256) sum_runs(void* gradient, bool wide, float* pieces, const int32_t* order,
-                                                const int32_t* tokens, const Real* dout, int64_t N, int64_t C, int V) {
+template <class Real, int W>
+__global__ void sum_runs(void* gradient, bool wide, float* pieces, const int32_t* order, const int32_t* tokens,
+                         const Real* dout, int64_t N, int64_t C, int V) {
+  using Chunk = typename Columns<Real, W>::Chunk;
   __shared__ int position[run], token[run + 2];  // token[1 + i]; its neighbours at both ends
   int64_t first = int64_t(blockIdx.x) * run;
   int n = int(min(int64_t(run), N - first));
-  if (threadIdx.x < run + 2) {
-    int64_t i = first + int(threadIdx.x) - 1;
+  for (int j = threadIdx.x; j < run + 2; j += blockDim.x) {
+    int64_t i = first + j - 1;
     bool inside = i >= 0 && i < N;
     int p = inside ? order[i] : -1;
-    token[threadIdx.x] = inside ? sort_token(tokens, p, V) : -1;
-    if (threadIdx.x >= 1 && threadIdx.x <= run) position[threadIdx.x - 1] = p;
+    token[j] = inside ? sort_token(tokens, p, V) : -1;
+    if (j >= 1 && j <= run) position[j - 1] = p;
   }
   __syncthreads();
-  int64_t c = int64_t(blockIdx.y) * 256 + threadIdx.x;
+  int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * W;
   if (c >= C) return;
-  float sum = 0;
+  Columns<Real, W> columns;
   bool from_before = token[0] == token[1];  // the piece being summed began in an earlier run
   constexpr int batch = 8;                  // loads in flight
   for (int i0 = 0; i0 < n; i0 += batch) {
-    float value[batch];
+    Chunk value[batch];
 #pragma unroll
-    for (int j = 0; j < batch; ++j) value[j] = i0 + j < n ? to_float(dout[int64_t(position[i0 + j]) * C + c]) : 0;
+    for (int j = 0; j < batch; ++j)
+      if (i0 + j < n) value[j] = *reinterpret_cast<const Chunk*>(dout + int64_t(position[i0 + j]) * C + c);
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
       int i = i0 + j;
       if (i >= n) break;
-      sum += value[j];
+      columns.add(value[j]);
       int id = token[1 + i];
       if (i + 1 < n && token[2 + i] == id) continue;
       bool goes_on = i + 1 == n && token[2 + i] == id;
       if (from_before)
-        pieces[int64_t(blockIdx.x) * 2 * C + c] = sum;
+        columns.put_aside(pieces + int64_t(blockIdx.x) * 2 * C + c);
       else if (goes_on)
-        pieces[(int64_t(blockIdx.x) * 2 + 1) * C + c] = sum;
+        columns.put_aside(pieces + (int64_t(blockIdx.x) * 2 + 1) * C + c);
       else if (id < V)
-        add_to_gradient<Real>(gradient, wide, int64_t(id) * C + c, sum);
-      sum = 0, from_before = false;
+        columns.to_gradient(gradient, wide, int64_t(id) * C + c);
+      columns = {}, from_before = false;
     }
   }
 }
 
 // For every run whose last token begins there and goes on: its end piece and the beginning pieces that follow.
-template <class Real>
-__global__ void __launch_bounds__(256) join_runs(void* gradient, bool wide, const float* pieces, const int32_t* order,
-                                                 const int32_t* tokens, int64_t N, int64_t C, int V) {
+template <class Real, int W>
+__global__ void join_runs(void* gradient, bool wide, const float* pieces, const int32_t* order, const int32_t* tokens,
+                          int64_t N, int64_t C, int V) {
   int64_t b = blockIdx.x, last = (b + 1) * run - 1;
   if (last + 1 >= N) return;
   int id = sort_token(tokens, order[last], V);
   if (id >= V || sort_token(tokens, order[last + 1], V) != id) return;
   if (b > 0 && sort_token(tokens, order[b * run - 1], V) == id) return;  // the whole run is a middle piece
-  int64_t c = int64_t(blockIdx.y) * 256 + threadIdx.x;
+  int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * W;
   if (c >= C) return;
-  float sum = pieces[(b * 2 + 1) * C + c];
+  Columns<Real, W> columns;
+  columns.add(pieces + (b * 2 + 1) * C + c);
   for (int64_t next = b + 1; next * run < N && sort_token(tokens, order[next * run], V) == id; ++next)
-    sum += pieces[next * 2 * C + c];
-  add_to_gradient<Real>(gradient, wide, int64_t(id) * C + c, sum);
+    columns.add(pieces + next * 2 * C + c);
+  columns.to_gradient(gradient, wide, int64_t(id) * C + c);
 }
 
 int passes(int64_t V) {
@@ -144,9 +186,18 @@ void embedding_backward(Device& dev, Grad<Device> dtable, void* scratch, const i
                  PlacePosition{to, from, offsets});
     from = to;
   }
-  dim3 grid(unsigned(ceil_div(N, run)), unsigned(ceil_div(C, 256)));
-  launch(dev, sum_runs<Real>, grid, 256, 0, dtable.data, dtable.wide, pieces, from, tokens, dout, N, C, int(V));
-  launch(dev, join_runs<Real>, grid, 256, 0, dtable.data, dtable.wide, pieces, from, tokens, N, C, int(V));
+  auto sum = [&]<int W>() {
+    int64_t chunks = ceil_div(C, W), threads = std::min<int64_t>(256, ceil_div(chunks, 32) * 32);
+    dim3 grid(unsigned(ceil_div(N, run)), unsigned(ceil_div(chunks, threads)));
+    launch(dev, sum_runs<Real, W>, grid, unsigned(threads), 0, dtable.data, dtable.wide, pieces, from, tokens, dout, N,
+           C, int(V));
+    launch(dev, join_runs<Real, W>, grid, unsigned(threads), 0, dtable.data, dtable.wide, pieces, from, tokens, N, C,
+           int(V));
+  };
+  if (packable<Real>(C, dout, dtable.data))
+    sum.template operator()<Pack<Real>::n>();
+  else
+    sum.template operator()<1>();
 }
 template <class Device>
 size_t embedding_backward_scratch_bytes(int64_t N, int64_t C, int64_t) {

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(view_threads) norm_partials(float* partials, c
         for (int i = 0; i < W; ++i) sum += g[i] * g[i];
       });
     };
-    if (p.cols % 4 == 0)
-      add.template operator()<4>();
+    if (p.cols % 8 == 0)
+      add.template operator()<8>();
     else
       add.template operator()<1>();
     sum = block_sum(sum);

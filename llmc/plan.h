@@ -134,6 +134,17 @@ class Arena {
 // Called for every op with its name; empty by default. Profilers and tests hang themselves here.
 using OpObserver = std::function<void(const char* op, int layer)>;
 
+// Marks the ops of its scope as recomputation.
+template <class Device>
+class Executor;
+template <class Device>
+struct Recomputing {
+  Executor<Device>& x;
+  bool outer;
+  explicit Recomputing(Executor<Device>& x, bool on = true) : x(x), outer(x.recomputing) { x.recomputing |= on; }
+  ~Recomputing() { x.recomputing = outer; }
+};
+
 // Runs ops, or plans them. op("name", function, arguments...) reads like a call of function(device, arguments...);
 // arguments that are tensors are stamped with the clock while planning and passed as pointers while running.
 template <class Device>
@@ -144,6 +155,7 @@ class Executor {
   Device& device;
   Plan& plan;
   OpObserver observer;
+  bool recomputing = false;  // the ops of the moment make again what the forward pass did not keep
 
   bool planning() const { return arena_ == nullptr; }
   void run_with(Arena<Device>* arena) { arena_ = arena; }

@@ -1,4 +1,6 @@
-// RMSNorm on the GPU: a warp a row, the row held in registers between its two uses.
+// RMSNorm on the GPU. Forward: a warp a row, the row held in registers between its two uses. Backward: a block walks over
+// 32 rows, one 16-byte chunk a thread, so that the weight gradient of a thread's columns stays in registers; the next row
+// is on its way while the sum over this one is made.
 #include "llmc/rmsnorm.h"
 
 #include "llmc/cuda_common.cuh"
@@ -6,7 +8,7 @@
 
 namespace {
 
-constexpr int warps = 8, backward_rows = 64;  // rows of a block whose weight gradient is summed before the blocks are
+constexpr int warps = 8, backward_rows = 32;  // rows of a block whose weight gradient is summed before the blocks are
 
 // A warp's part of a row: P chunks of W elements a lane, chunk i of a lane starting at element (i*32 + lane) * W.
 template <class Real, int W, int P>
@@ -63,42 +65,48 @@ __global__ void __launch_bounds__(warps * 32) norm_forward(Real* sum, Real* out,
   if (threadIdx.x % 32 == 0) rstd[n] = r;
 }
 
-// partial (blocks,C): the weight gradient of backward_rows rows. Each warp keeps its sums in shared memory, element
-// (i,j) of lane l at ((i*W + j)*32 + l), so that a warp always touches 32 banks.
-template <class Real, int W, int P>
-__global__ void __launch_bounds__(warps * 32) norm_backward(Real* dx, float* partial, const Real* dout,
-                                                            const Real* dresidual, const Real* x, const Real* weight,
-                                                            const float* rstd, int64_t N, int64_t C) {
-  using Row = RowOf<Real, W, P>;
-  extern __shared__ float shared[];
-  constexpr int width = P * W * 32;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
-  float* mine = shared + warp * width + lane;
-  for (int k = 0; k < P * W; ++k) mine[k * 32] = 0;
-  int64_t end = min(N, (int64_t(blockIdx.x) + 1) * backward_rows);
-  for (int64_t n = int64_t(blockIdx.x) * backward_rows + warp; n < end; n += n_warps) {
-    Row xs, ds, w, past;
-    xs.load(x + n * C, C), ds.load(dout + n * C, C), w.load(weight, C);
-    if (dresidual) past.load(dresidual + n * C, C);
+// partial (blocks,C): the weight gradient of backward_rows rows. One chunk of W elements a thread.
+template <class Real, int W>
+__global__ void norm_backward(Real* dx, float* partial, const Real* dout, const Real* dresidual, const Real* x,
+                              const Real* weight, const float* rstd, int64_t N, int64_t C) {
+  struct alignas(sizeof(Real) * W) Chunk {
+    Real v[W];
+  };
+  __shared__ float sums[2][32];  // of the warps; two, so that one barrier a row is enough
+  const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  const int64_t c = int64_t(threadIdx.x) * W, first = int64_t(blockIdx.x) * backward_rows;
+  const int64_t end = min(N, first + backward_rows);
+  const bool live = c < C;
+  auto load = [&](const Real* p) { return *reinterpret_cast<const Chunk*>(p + c); };
+  Chunk w{}, xs{}, ds{}, past{};
+  if (live) w = load(weight), xs = load(x + first * C), ds = load(dout + first * C);
+  float dw[W] = {};
+  for (int64_t n = first; n < end; ++n) {
+    Chunk next_x{}, next_d{};
+    if (live && n + 1 < end) next_x = load(x + (n + 1) * C), next_d = load(dout + (n + 1) * C);
+    if (live && dresidual) past = load(dresidual + n * C);
     float r = rstd[n], dot = 0;
-    each_element<Row, W, P>(C, [&](int i, int j) { dot += ds.get(i, j) * w.get(i, j) * xs.get(i, j); });
-    float mean = warp_sum(dot) * r / float(C);
-    each_element<Row, W, P>(C, [&](int i, int j) {
-      float xhat = xs.get(i, j) * r, d = ds.get(i, j);
-      mine[(i * W + j) * 32] += d * xhat;
-      float dxv = r * (d * w.get(i, j) - xhat * mean);
-      xs.set(i, j, dresidual ? past.get(i, j) + dxv : dxv);
-    });
-    xs.store(dx + n * C, C);
+#pragma unroll
+    for (int j = 0; j < W; ++j) dot += to_float(ds.v[j]) * to_float(w.v[j]) * to_float(xs.v[j]);
+    dot = warp_sum(live ? dot : 0.0f);
+    float* row_sums = sums[n % 2];
+    if (threadIdx.x % 32 == 0) row_sums[warp] = dot;
+    __syncthreads();
+    float mean = 0;
+    for (int i = 0; i < n_warps; ++i) mean += row_sums[i];
+    mean *= r / float(C);
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      float xhat = to_float(xs.v[j]) * r, d = to_float(ds.v[j]);
+      dw[j] += d * xhat;
+      float value = r * (d * to_float(w.v[j]) - xhat * mean);
+      xs.v[j] = from_float<Real>(dresidual ? to_float(past.v[j]) + value : value);
+    }
+    if (live) *reinterpret_cast<Chunk*>(dx + n * C + c) = xs;
+    xs = next_x, ds = next_d;
   }
-  __syncthreads();
-  for (int k = threadIdx.x; k < width; k += blockDim.x) {
-    int l = k % 32, i = k / 32 / W, j = k / 32 % W;
-    int64_t c = int64_t(i * 32 + l) * W + j;
-    float sum = 0;
-    for (int w = 0; w < n_warps; ++w) sum += shared[w * width + k];
-    if (c < C) partial[int64_t(blockIdx.x) * C + c] = sum;
-  }
+  if (live)
+    for (int j = 0; j < W; ++j) partial[int64_t(blockIdx.x) * C + c + j] = dw[j];
 }
 
 template <class Real>
@@ -113,6 +121,11 @@ __global__ void add_rows(Real* out, const Real* a, const Real* b, int64_t n) {
   } else {
     for (; i < n; ++i) out[i] = from_float<Real>(to_float(a[i]) + to_float(b[i]));
   }
+}
+
+template <class Real>
+[[noreturn]] void fail_too_wide(int64_t C, bool packed) {
+  fail("RMSNorm on the GPU: rows of ", C, " elements are too wide (", packed ? 1024 * Pack<Real>::n : 1024, " at most)");
 }
 
 // Calls f.template operator()<W, P>() with the smallest P that holds a row of C elements, W elements a chunk.
@@ -132,7 +145,7 @@ void with_row_shape(int64_t C, bool packed, F f) {
     if (chunks <= 4) return f.template operator()<1, 4>();
     if (chunks <= 32) return f.template operator()<1, 32>();
   }
-  fail("RMSNorm on the GPU: rows of ", C, " elements are too wide (", packed ? 32 * 32 * W : 1024, " at most)");
+  fail_too_wide<Real>(C, packed);
 }
 
 template <class Device, class Real = typename Device::Real>
@@ -170,11 +183,11 @@ void rmsnorm_backward(Device& dev, typename Device::Real* dx, Grad<Device> dweig
   using Real = typename Device::Real;
   float* partial = static_cast<float*>(scratch);
   int64_t blocks = ceil_div(N, backward_rows);
-  with_row_shape<Real>(C, packable<Real>(C, dx, dout, dresidual, x, weight), [&]<int W, int P>() {
-    int n_warps = P * W <= 64 ? warps : 2;  // wide rows: what fits in 64 KiB
-    launch(dev, norm_backward<Real, W, P>, dim3(unsigned(blocks)), n_warps * 32,
-           size_t(n_warps) * P * W * 32 * sizeof(float), dx, partial, dout, dresidual, x, weight, rstd, N, C);
-  });
+  bool packed = packable<Real>(C, dx, dout, dresidual, x, weight);
+  int64_t threads = ceil_div(C / (packed ? Pack<Real>::n : 1), 32) * 32;
+  if (threads > 1024) fail_too_wide<Real>(C, packed);
+  launch(dev, packed ? norm_backward<Real, Pack<Real>::n> : norm_backward<Real, 1>, dim3(unsigned(blocks)),
+         unsigned(threads), 0, dx, partial, dout, dresidual, x, weight, rstd, N, C);
   add_partial_rows(dev, dweight, partial, blocks, C, C);
 }
 template <class Device>

@@ -1,4 +1,5 @@
-// RMSNorm (Zhang and Sennrich 2019, eq. 4): y = x / rms(x) * w, rms(x)^2 = mean(x^2) + eps, over the last dimension.
+// RMSNorm (Zhang and Sennrich 2019, eq. 4): y = x / rms(x) * w, rms(x)^2 = mean(x^2) + eps, over the last dimension. A GPU takes
+// rows of at most 1024 times 16 bytes (1024 elements where they are not a multiple of 16 bytes).
 #pragma once
 #include "llmc/gradient.h"
 

@@ -65,8 +65,10 @@ struct DenseMlp {
   // Returns dinput (N,C).
   Tensor<Real> backward(MlpSaved<Device> s, Tensor<Real> input, Tensor<Real> dout) {
     if (policy == Recompute::up) {
+      Recomputing again(x);
       up(s, input, Category::workspace);
     } else if (policy == Recompute::act) {
+      Recomputing again(x);
       s.a = x.template tensor<Real>("mlp.a", {N, F});
       x.op("mlp swiglu", swiglu_forward<Device>, s.a, s.h, N, F);
     }
@@ -186,7 +188,10 @@ struct MoeLayer {
   // dinput (N,C): the gradient that reaches the layer's normalised input; dout is the gradient of the output.
   Tensor<Real> backward(MoeSaved<Device> s, Tensor<Real> input, Tensor<Real> dout) {
     int64_t N = router.N, C = router.C, K = router.K, E = router.E;
-    if (policy == Recompute::up) up(s, input, Category::workspace);
+    if (policy == Recompute::up) {
+      Recomputing again(x);
+      up(s, input, Category::workspace);
+    }
     auto dout_rows = dout;
     if (dispatch == Dispatch::materialized) {
       dout_rows = x.template tensor<Real>("dout_rows", {experts.R, C});

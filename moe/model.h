@@ -515,7 +515,10 @@ class Model {
     const LayerBuffers& b = layers_[l];
     int64_t N = pass.N(), C = config.d_model;
     HeadShape heads = config.heads();
-    if (options.policy(l) == Recompute::block) layer_forward(l, pass, s, false, true);
+    if (options.policy(l) == Recompute::block) {
+      Recomputing again(x_);
+      layer_forward(l, pass, s, false, true);
+    }
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
     auto dx = config.is_dense(l) ? dense_mlp(l, pass).backward(s.mlp, s.x, dres)

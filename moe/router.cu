@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int threads = 256, max_top_k = 32;
-constexpr int block_tokens = 256;  // tokens whose statistics are summed before the blocks are
+constexpr int block_tokens = 64;  // tokens whose statistics are summed before the blocks are
 
 // A group of LANES lanes holds the E values of one token, lane l those of experts l, l + LANES, ...
 template <int LANES, int V>

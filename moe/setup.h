@@ -1,12 +1,16 @@
 // From the user's options to a run that is possible: the plan's options, the model of an existing checkpoint, and a
 // memory plan that fits.
 #pragma once
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <map>
 
+#include "llmc/gpu.h"
 #include "moe/hf.h"
 #include "moe/options.h"
 #include "moe/report.h"
+#include "moe/step_log.h"
 
 // The plan's options out of the user's.
 inline RunOptions run_options(const Options& o) {
@@ -55,19 +59,57 @@ size_t bytes_of(Device& dev, const ModelConfig& model, const RunOptions& run) {
   return run.separate_arena ? plan.separate_bytes() : plan.arena_bytes();
 }
 
+// Free bytes of a GPU, as its driver counts them; 0 on a CPU.
+template <class Device>
+size_t device_free_bytes(Device& dev) {
+  if constexpr (std::is_base_of_v<GpuBase, Device>) return dev.memory().free;
+  return 0;
+}
+
 // Bytes that this device can still give; 0: not known.
 template <class Device>
 size_t free_bytes(Device& dev) {
-  if constexpr (requires { dev.memory(); })
-    return dev.stream ? dev.memory().free : 0;
-  else
+  if constexpr (std::is_base_of_v<GpuBase, Device>) {
+    const size_t reserve = size_t(256) << 20;  // for what the driver loads later, and rounds up
+    size_t free = dev.stream ? dev.memory().free : 0;
+    return free > reserve ? free - reserve : std::min<size_t>(free, 1);
+  } else {
     return available_memory();
+  }
 }
 // Bytes that a run may allocate; 0: not known.
 template <class Device>
 size_t budget_of(Device& dev, const Options& o) {
   if (o.memory_budget > 0) return std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30)));
   return free_bytes(dev);
+}
+
+// What the kernels of this device cannot do, said before anything is allocated.
+template <class Device>
+void check_limits(const ModelConfig& c) {
+  if constexpr (std::is_base_of_v<GpuBase, Device>) {
+    constexpr bool tensor_cores = std::is_same_v<typename Device::Real, bf16>;
+    const int64_t sizes[] = {16, 32, 64, 96, 128};
+    if (tensor_cores && std::find(std::begin(sizes), std::end(sizes), c.head_dim) == std::end(sizes))
+      fail("--head-dim ", c.head_dim, ": attention in bf16 on the GPU takes 16, 32, 64, 96 or 128; --dtype fp32 takes any");
+    int64_t width = c.d_model % 8 ? 1024 : tensor_cores ? 8192 : 4096;
+    if (c.d_model > width) fail("--d-model ", c.d_model, ": norms on the GPU take rows of at most ", width);
+  }
+}
+
+// Operations that backward repeats under these policies, as a share of those of the step itself.
+inline double recomputed_share(const ModelConfig& c, const RunOptions& run) {
+  double N = double(run.B * run.T), C = double(c.d_model), repeated = 0;
+  for (int64_t l = 0; l < c.n_layer; ++l) {
+    Recompute policy = run.policy(l);
+    if (policy < Recompute::up) continue;
+    double width = c.is_dense(l) ? double(c.d_dense) : double(c.top_k * c.d_expert + c.d_shared);
+    repeated += 4 * N * C * width;
+    if (policy < Recompute::block) continue;
+    double heads = 2 * N * C * double(c.heads().qkv_width() + c.heads().q_width());
+    repeated += heads + 2 * N * double(run.T) * double(c.heads().q_width()) + 2 * N * C * double(c.n_expert);
+  }
+  return repeated / (N * training_flops_per_token(c, run.T));
 }
 
 // --recompute auto: sets the cheapest policies that fit, and says which.
@@ -90,11 +132,22 @@ void choose_policies(Device& dev, const Options& o, RunOptions& run) {
   for (Recompute p : policies) ++count[name_of(p)];
   std::printf("recompute auto:");
   for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
-  std::printf(" (plan %s of %s)\n", readable_bytes(double(bytes_of(dev, o.model, run))).c_str(),
-              readable_bytes(double(budget)).c_str());
+  std::printf(" (plan %s of %s); predicted cost: %.1f %% more operations\n",
+              readable_bytes(double(bytes_of(dev, o.model, run))).c_str(), readable_bytes(double(budget)).c_str(),
+              100 * recomputed_share(o.model, run));
 }
 
-// Refuses a run that does not fit, naming the nearest setting that does.
+// The memory report of a run, beside that of the other dispatch.
+template <class Device>
+void print_report(Device& dev, const Options& o, const RunOptions& run) {
+  RunOptions other = run;
+  other.dispatch = other_dispatch(run.dispatch);
+  auto summary = [&](const RunOptions& r) { return summarize(Model<Device>(dev, o.model, r).plan, o.model); };
+  std::fputs(memory_report(summary(run), summary(other), o.model, run, sizeof(typename Device::Real)).c_str(), stdout);
+  std::fflush(stdout);
+}
+
+// Refuses a run that does not fit, with its report, naming the nearest setting that does.
 template <class Device>
 void check_memory(Device& dev, const Options& o, const RunOptions& run) {
   size_t budget = budget_of(dev, o), needed = bytes_of(dev, o.model, run);
@@ -109,7 +162,53 @@ void check_memory(Device& dev, const Options& o, const RunOptions& run) {
              readable_bytes(double(bytes)) + ")";
       break;
     }
+  print_report(dev, o, run);
   fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)),
        o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ",
        hint.empty() ? "no batch size fits; choose a smaller model" : hint);
+}
+
+// Where a GPU's memory went, the plan beside what the driver says; nothing on a CPU. before: free bytes before the
+// tensors were allocated.
+template <class Device>
+void print_device_memory(Device& dev, size_t before, size_t planned) {
+  if constexpr (std::is_base_of_v<GpuBase, Device>) {
+    auto now = dev.memory();
+    size_t taken = before > now.free ? before - now.free : 0;
+    std::printf("%s: context and libraries %s | tensors %s planned, %s by the driver | %s of %s free\n",
+                dev.gpu_name.c_str(), readable_bytes(double(dev.context_bytes)).c_str(),
+                readable_bytes(double(planned)).c_str(), readable_bytes(double(taken)).c_str(),
+                readable_bytes(double(now.free)).c_str(), readable_bytes(double(now.total)).c_str());
+  }
+}
+
+// Share of a micro-step's time that recomputation takes, measured op by op on a micro-batch of zeros. Leaves nothing
+// that the start of a step does not reset.
+template <class Device>
+double measured_recompute_share(Device& dev, Model<Device>& model) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<int32_t> zeros(model.N(), 0);
+  StepParams p;
+  p.step = 1, p.loss_scale = 1.0 / double(model.N());
+  double recomputed = 0, total = 0;
+  for (int round = 0; round < 2; ++round) {  // the first warms up
+    recomputed = total = 0;
+    model.set_params(p);
+    model.set_batch(zeros.data(), zeros.data());
+    dev.synchronize();
+    auto last = Clock::now();
+    model.executor().observer = [&](const char*, int) {
+      dev.synchronize();
+      auto now = Clock::now();
+      double seconds = std::chrono::duration<double>(now - last).count();
+      total += seconds;
+      if (model.executor().recomputing) recomputed += seconds;
+      last = now;
+    };
+    model.start_step();
+    total = 0;
+    model.micro_step();
+    model.executor().observer = nullptr;
+  }
+  return recomputed / (total - recomputed);
 }

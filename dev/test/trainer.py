@@ -13,7 +13,9 @@ import unittest
 from pathlib import Path
 
 TRAINER = Path(os.environ.get("TRAINER", "./train_gpt_moe")).resolve()
-ENV = {"OMP_NUM_THREADS": "1", **os.environ}
+# TRAINER_DEVICE=cuda runs the same tests on the GPU, in fp32; otherwise no GPU is seen.
+DEVICE = os.environ.get("TRAINER_DEVICE", "cpu")
+ENV = {"OMP_NUM_THREADS": "1", **os.environ, **({} if DEVICE == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
 
 # A model that trains a step in less than a millisecond.
 MODEL = "--n-layer 1 --d-model 32 --n-head 2 --n-kv-head 1 --head-dim 16 --n-expert 4 --d-expert 16".split()
@@ -79,6 +81,8 @@ class TrainerTest(unittest.TestCase):
 
     def execute(self, *args, **options):
         """The program with these arguments, as they are; fails the test if a signal ended it."""
+        if DEVICE == "cuda" and "--dtype" not in args:
+            args = [*args, "--dtype", "fp32"]
         result = subprocess.run([str(TRAINER), *map(str, args)], env=ENV, cwd=self.folder, capture_output=True, timeout=120, **options)
         result.stdout, result.stderr = result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
         self.assertIn(result.returncode, (0, 1), f"{args}\n{result.stderr[-3000:]}")
