@@ -177,7 +177,8 @@ class FastAttention(Attention):
         q = self.q_proj(x).view(B, T, m.n_head, m.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(B, T, m.n_head, m.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, m.n_head, m.head_dim).transpose(1, 2)
-        q, k = rope(q, m.rope_theta).to(v.dtype), rope(k, m.rope_theta).to(v.dtype)
+        with torch.autocast("cuda", enabled=False):  # angles in fp32
+            q, k = rope(q, m.rope_theta).to(v.dtype), rope(k, m.rope_theta).to(v.dtype)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, m.n_head * m.head_dim))
 

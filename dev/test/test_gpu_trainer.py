@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""The trainer on a GPU: the same bits again, after a resume, without graphs and under every recompute policy; what the GPU
+wrote is read on the CPU; what a GPU cannot do is refused in one line.
+TRAINER=build/train_gpt_moe TRAINER_DEVICE=cuda python3 dev/test/test_gpu_trainer.py   (skipped without TRAINER_DEVICE)"""
+
+import re
+import sys
+import unittest
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from trainer import DEVICE, TrainerTest  # noqa: E402
+
+BF16 = ("--dtype", "bf16")
+
+
+@unittest.skipUnless(DEVICE == "cuda", "TRAINER_DEVICE is not cuda")
+class OnTheGpu(TrainerTest):
+    def test_same_bits_whatever_way(self):
+        for dtype in ("bf16", "fp32"):
+            steps = ("--dtype", dtype, "--steps", 6, "--total-batch-tokens", 128)
+            want = self.trained(*steps, out=f"{dtype} first")
+            for more in ((), ("--no-graphs",), ("--arena", "separate"), ("--recompute", "none"), ("--recompute", "up"), ("--recompute", "block"),
+                         ("--recompute", "auto", "--memory-budget", 1), ("--dispatch", "materialized")):
+                with self.subTest(dtype, more=more):
+                    self.assert_same_training(want, self.trained(*steps, *more, out=f"{dtype} {' '.join(map(str, more))}"))
+
+    def assert_same_training(self, one, other):
+        """Weights, moments and losses; the memory that a step takes may differ."""
+        a, b = self.checkpoint(one), self.checkpoint(other)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            self.assertTrue((a / name).read_bytes() == (b / name).read_bytes(), f"{name} of {a} and {b} differ")
+        self.assertEqual(self.losses(one), self.losses(other))
+
+    def test_resume_gives_the_same_bits(self):
+        for dtype in ("bf16", "fp32"):
+            steps = ("--dtype", dtype, "--steps", 8)
+            whole = self.trained(*steps, out=f"{dtype} whole")
+            parts = self.trained(*steps, "--stop-after", 3, out=f"{dtype} parts")
+            self.ok(*self.training(*steps, "--resume", out=f"{dtype} parts"))
+            self.assert_same_training(whole, parts)
+
+    def test_the_cpu_goes_on_from_the_gpus_checkpoint(self):
+        run = self.trained("--dtype", "fp32", "--steps", 30, "--lr", "1e-2")
+        generate = ["--generate", "--checkpoint", run, "--prompt", "a", "--max-new-tokens", 20, "--temperature", 0, "--dtype", "fp32"]
+        texts = [self.ok(*generate, "--device", device) for device in ("cuda", "cpu")]
+        self.assertEqual(*texts)
+        gpu, cpu = (self.trained("--dtype", "fp32", "--steps", 3, "--init-from", run, "--device", device, out=device) for device in ("cuda", "cpu"))
+        for (_, a), (_, b) in zip(self.records(gpu, "step", "loss"), self.records(cpu, "step", "loss")):
+            self.assertAlmostEqual(a, b, delta=1e-5 * b)
+
+    def test_memory_is_as_planned_and_the_driver_agrees(self):
+        output = self.ok(*self.training(*BF16, "--steps", 1))
+        planned, by_driver = re.search(r"tensors ([0-9.]+ \w+) planned, ([0-9.]+ \w+) by the driver", output).groups()
+        unit = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+        value = [float(t.split()[0]) * unit[t.split()[1]] for t in (planned, by_driver)]
+        self.assertLessEqual(value[0], value[1] * 1.001)
+        self.assertLess(value[1] - value[0], 4 * 2**20)  # the driver hands out pieces of 2 MiB
+
+    def test_recompute_auto_says_what_it_costs(self):
+        model = "--n-layer 4 --d-model 64 --n-head 2 --n-kv-head 1 --head-dim 32 --n-expert 4 --d-expert 256".split()
+        steps = (*BF16, "--steps", 1, "--batch-size", 8, "--seq-len", 64)
+        report = self.ok(*self.training(*steps, "--memory-report", "--dry-run", model=model))
+        total = int(re.search(r"^total +([0-9]+)", report, re.M).group(1))
+        budget = ("--recompute", "auto", "--memory-budget", (total - 2 * 2**20) / 2**30)
+        output = self.ok(*self.training(*steps, *budget, model=model, out="auto"))
+        self.assertRegex(output, r"recompute auto:.*(up|block).*predicted cost: [0-9.]+ % more operations")
+        self.assertRegex(output, r"recomputation: [0-9.]+ % more operations predicted, [0-9.]+ % more time measured")
+
+    def test_what_does_not_fit_is_refused_with_the_nearest_that_does(self):
+        before = self.files()
+        result = self.execute(*self.training(*BF16, "--preset", "tiny", "--batch-size", 64, "--steps", 1, "--memory-budget", 0.05, model=[]))
+        self.one_line(result, "--memory-budget", "would fit")
+        self.assertIn("memory plan:", result.stdout)
+        self.assertEqual(self.files(), before)
+        self.refused(self.training(*BF16, "--batch-size", 2, "--seq-len", 32, "--preset", "qwen3-30b-a3b", "--steps", 1, "--vocab-size", 257, model=[]), "free")
+
+    def test_what_a_gpu_cannot_do(self):
+        self.refused(self.training(*BF16, "--head-dim", 24, "--steps", 1), "--head-dim 24", "16, 32, 64, 96 or 128")
+        self.refused(self.training("--dtype", "fp64", "--device", "cuda", "--steps", 1), "--dtype fp64", "--device cpu")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: every op against the CPU in double precision, the whole model against the PyTorch
+# reference and against itself, the trainer end to end, and compute-sanitizer's four checkers. Closes with 'N passed, M
+# failed'; fails if any did. About six minutes on an H100 with 16 cores, building included.
+#   scripts/test_gpu.sh            BUILD=folder  where to build (default build-test)
+#   PREBUILT=1                     test what BUILD holds, without building
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+build=${BUILD:-build-test} work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+if [ -z "${PREBUILT:-}" ]; then
+  jobs=$(nproc 2>/dev/null || echo 2)
+  [ -f "$build/CMakeCache.txt" ] || cmake --preset release -B "$build" >/dev/null || exit 1
+  cmake --build "$build" -j "$jobs" || exit 1
+fi
+ops=(test_gpu_device test_gpu_matmul test_gpu_ops test_gpu_update test_gpu_router test_gpu_dispatch test_gpu_experts test_gpu_attention)
+[ -x "$build/${ops[0]}" ] || { echo "test_gpu: $build has no GPU tests: it was built without CUDA (nvcc 12.5 or later)" >&2; exit 1; }
+if "$build/test_gpu_device" --gtest_brief=1 2>/dev/null | grep -q "no GPU:"; then
+  "$build/test_gpu_device" 2>/dev/null | grep -m1 "no GPU:" >&2
+  exit 1
+fi
+
+passed=0 failed=0
+count() {  # count NAME STATUS: one test that is not GoogleTest's or unittest's
+  if [ "$2" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $1"; fi
+}
+gtest() {  # gtest PROGRAM FILTER
+  "$build/$1" --gtest_brief=1 --gtest_filter="$2" --gtest_output="json:$work/$1.json" >"$work/$1.log" 2>&1
+  local status=$?
+  read -r ran bad < <(python3 -c 'import json, sys; r = json.load(open(sys.argv[1])); print(r["tests"], r["failures"] + r["errors"])' "$work/$1.json" 2>/dev/null || echo 1 1)
+  [ $status -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # it died
+  passed=$((passed + ran - bad)) failed=$((failed + bad))
+  echo "$1: $((ran - bad)) of $ran passed"
+  [ "$bad" -eq 0 ] || cat "$work/$1.log"
+}
+
+for program in "${ops[@]}"; do gtest "$program" '*'; done
+gtest test_gpt_moe '*Gpu*:*OnTheGpu*:SameBits/2.*:SameBits/3.*:Training/2.*:Training/3.*:Faults/2.*:Faults/3.*:BadNumbers/2.*:BadNumbers/3.*:Graphs/*'
+
+echo "== the trainer"
+for name in test_trainer test_interruption test_gpu_trainer; do
+  TRAINER=$build/train_gpt_moe TRAINER_DEVICE=cuda python3 "dev/test/$name.py" >"$work/$name.log" 2>&1
+  status=$?
+  ran=$(sed -n 's/^Ran \([0-9]*\) tests\{0,1\} .*/\1/p' "$work/$name.log")
+  bad=$(grep -cE '^(FAIL|ERROR): ' "$work/$name.log")
+  [ $status -eq 0 ] || [ "$bad" -gt 0 ] || bad=1
+  passed=$((passed + ${ran:-1} - bad)) failed=$((failed + bad))
+  echo "$name: $((${ran:-1} - bad)) of ${ran:-1} passed"
+  [ "$bad" -eq 0 ] || cat "$work/$name.log"
+done
+
+echo "== compute-sanitizer"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+if [ -z "$sanitizer" ]; then
+  count "compute-sanitizer is not installed" 1
+else
+  python3 - "$work/tokens.bin" <<'PYTHON'
+import array, sys
+ids = array.array("H", [256] + [(i * i) % 251 for i in range(4000)])
+with open(sys.argv[1], "wb") as file:
+    file.write(array.array("i", [20240520, 1, len(ids), 1] + [0] * 252).tobytes() + ids.tobytes())
+PYTHON
+  check() {  # check NAME TOOL COMMAND...: in the background
+    local name=$1 tool=$2
+    shift 2
+    (timeout 400 "$sanitizer" --tool "$tool" --error-exitcode 9 "${library[@]}" "$@" >"$work/$tool.$name.log" 2>&1
+      echo $? >"$work/$tool.$name.status") &
+  }
+  train() {  # options of a short training run whose tensors are allocations of their own
+    echo "$build/train_gpt_moe" --device cuda --preset tiny --n-layer 2 --batch-size 2 --seq-len 64 --steps 2 --eval-every 2 --sample-every 2 \
+      --max-new-tokens 8 --arena separate --train-data "$work/tokens.bin" --val-data "$work/tokens.bin" --out "$work/$1" "${@:2}"
+  }
+  for tool in memcheck initcheck synccheck racecheck; do
+    library=()
+    # The race checker follows every access to shared memory: the smallest shapes, and not the library's kernels.
+    [ $tool = racecheck ] && library=(--kernel-name-exclude kernel_substring=gemm --kernel-name-exclude kernel_substring=nvjet)
+    for program in "${ops[@]}"; do
+      filter='*Small*'
+      [ $tool = racecheck ] && [ "$program" = test_gpu_experts ] && filter='GpuExperts/0.NanAroundAnExpertDoesNotReachItSmall'
+      [ $tool = racecheck ] && [ "$program" = test_gpu_router ] && filter='GpuRouter/0.FreeChoiceSmall:GpuRouter/0.BiasUpdateSmall:GpuRouter/0.TiesGoToTheLowerIndexSmall'
+      [ $tool = racecheck ] && [ "$program" = test_gpu_matmul ] && filter='GpuClassifier/0.CrossEntropySmall:GpuClassifier/0.LossSumSmall:GpuMatmul/0.UnalignedSmall'
+      [ $tool = racecheck ] && [ "$program" = test_gpu_update ] && filter='GpuUpdate/0.NormAndClippingSmall:GpuUpdate/0.AdamWSmall:GpuUpdate/0.OutliersSmall'
+      check "$program" $tool "$build/$program" --gtest_brief=1 --gtest_filter="$filter"
+    done
+    check train_bf16 $tool $(train "$tool.bf16" --recompute up)
+    check train_fp32 $tool $(train "$tool.fp32" --dtype fp32 --dispatch materialized)
+    wait
+    for program in "${ops[@]}" train_bf16 train_fp32; do
+      status=$(cat "$work/$tool.$program.status")
+      count "$tool $program (status $status)" "$status"
+      [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$program.log"
+    done
+    echo "$tool: done"
+  done
+fi
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
