@@ -1,15 +1,16 @@
 # The short verbs. CMakeLists.txt describes the build; this only calls it.
-#   CUDA=0      build for the CPU even where nvcc is found (this release builds for the CPU either way)
+#   CUDA=0      build for the CPU even where nvcc is found
 BUILD ?= build
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 GENERATOR := $(shell command -v ninja >/dev/null 2>&1 && echo "-G Ninja")
 CUDA ?= 1
 
-.PHONY: help train_gpt_moe test quickstart lint clean dev
+.PHONY: help train_gpt_moe test test_gpu quickstart lint clean dev
 help:
 	@echo "make train_gpt_moe   build the trainer (leaves ./train_gpt_moe)"
 	@echo "make quickstart      set-up, data, training, generated text  (scripts/quickstart.sh)"
 	@echo "make test            set-up, all tests that this machine can run  (scripts/test.sh)"
+	@echo "make test_gpu        the tests that need a GPU  (scripts/test_gpu.sh)"
 	@echo "make dev             build the benchmarks in dev/"
 	@echo "make lint            include arrows, formatting (clang-format)"
 	@echo "make clean           remove build folders and the binary"
@@ -25,6 +26,9 @@ dev:
 
 test:
 	@scripts/test.sh
+
+test_gpu:
+	@scripts/test_gpu.sh
 
 quickstart:
 	@scripts/quickstart.sh

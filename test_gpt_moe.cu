@@ -120,9 +120,7 @@ void check_bf16(const ReferenceConfig& c) {
     gradient("grad." + p.name, m.read(p, TestModel<Device>::State::grad), r.read(c.name + ".grad." + p.name));
   loss.print(c.name + " BF16"), gradient.print(c.name + " BF16");
 }
-TEST_P(ReferenceState, Bf16WithTheReferencesRouting) {
-  check_bf16<Cpu<bf16>>(Reference::get().config(GetParam()));
-}
+TEST_P(ReferenceState, Bf16WithTheReferencesRouting) { check_bf16<Cpu<bf16>>(Reference::get().config(GetParam())); }
 #ifdef GPT_MOE_CUDA
 TEST_P(ReferenceState, GpuFloat) {
   NEEDS_DEVICE(Gpu<float>);

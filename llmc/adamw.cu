@@ -32,9 +32,9 @@ __device__ void update_block(const ParameterView<Device>& p, int64_t b, const Co
 }
 
 template <class Device>
-__global__ void __launch_bounds__(view_threads) adamw_kernel(const ParameterView<Device>* views,
-                                                             const StepParams* params, const StepStats* stats,
-                                                             int64_t n_views, AdamWConfig config) {
+__global__ void __launch_bounds__(view_threads)
+    adamw_kernel(const ParameterView<Device>* views, const StepParams* params, const StepStats* stats, int64_t n_views,
+                 AdamWConfig config) {
   if (stats->skip) return;
   Coefficients k;
   k.lr = float(params->learning_rate), k.clip = float(stats->clip);

@@ -9,10 +9,9 @@ namespace {
 constexpr int threads = 512;
 
 template <class Real, int W>
-__global__ void __launch_bounds__(threads) cross_entropy_rows(float* losses, Real* logits, const int32_t* targets,
-                                                              const StepParams* params, int64_t first, int V, int Vp,
-                                                              bool gradient, bool in_shared, DeviceStatus* status,
-                                                              int layer) {
+__global__ void __launch_bounds__(threads)
+    cross_entropy_rows(float* losses, Real* logits, const int32_t* targets, const StepParams* params, int64_t first,
+                       int V, int Vp, bool gradient, bool in_shared, DeviceStatus* status, int layer) {
   struct alignas(sizeof(Real) * W) Chunk {
     Real v[W];
   };
@@ -23,8 +22,7 @@ __global__ void __launch_bounds__(threads) cross_entropy_rows(float* losses, Rea
   int n_chunks = Vp / W;
   int target = targets[blockIdx.x];
   if (target >= V || target < -1) {
-    if (threadIdx.x == 0)
-      report_fault(status, layer, DeviceStatus::token_out_of_range, first + blockIdx.x, target);
+    if (threadIdx.x == 0) report_fault(status, layer, DeviceStatus::token_out_of_range, first + blockIdx.x, target);
     target = -1;
   }
   if (target < 0) {
@@ -80,8 +78,8 @@ __global__ void __launch_bounds__(threads) cross_entropy_rows(float* losses, Rea
   }
 }
 
-__global__ void __launch_bounds__(1024) sum_losses(StepStats* stats, const float* losses, const StepParams* params,
-                                                   int64_t N) {
+__global__ void __launch_bounds__(1024)
+    sum_losses(StepStats* stats, const float* losses, const StepParams* params, int64_t N) {
   double sum = 0;
   for (int64_t n = threadIdx.x; n < N; n += 1024) sum += double(losses[n]);
   sum = block_sum(sum);
@@ -109,9 +107,9 @@ void loss_sum(Device& dev, StepStats* stats, const typename Device::Acc* losses,
   launch(dev, sum_losses, 1, 1024, 0, stats, losses, params, N);
 }
 
-#define INSTANTIATE(Real)                                                                                             \
+#define INSTANTIATE(Real)                                                                                              \
   template void cross_entropy(Gpu<Real>&, float*, Real*, const int32_t*, const StepParams*, int64_t, int64_t, int64_t, \
-                              int64_t, bool);                                                                         \
+                              int64_t, bool);                                                                          \
   template void loss_sum(Gpu<Real>&, StepStats*, const float*, const StepParams*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

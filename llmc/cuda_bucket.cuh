@@ -57,8 +57,8 @@ __device__ inline int warp_scan(int v) {
 
 // One block of 1024 threads. counts (buckets, tiles) becomes its exclusive prefix sums over the tiles; totals (buckets),
 // at most `capacity` each unless that is 0; offsets (buckets+1) their exclusive prefix sums.
-static __global__ void __launch_bounds__(1024) bucket_scan(int32_t* counts, int32_t* totals, int32_t* offsets,
-                                                           int64_t tiles, int buckets, int64_t capacity) {
+static __global__ void __launch_bounds__(1024)
+    bucket_scan(int32_t* counts, int32_t* totals, int32_t* offsets, int64_t tiles, int buckets, int64_t capacity) {
   __shared__ int32_t total[max_buckets];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int batch = 8;  // loads in flight
@@ -96,8 +96,8 @@ static __global__ void __launch_bounds__(1024) bucket_scan(int32_t* counts, int3
 
 // Calls place(i, key, rank) for every item, rank = items of the same key before it (key -1: rank 0).
 template <class Key, class Place>
-__global__ void __launch_bounds__(bucket_threads) bucket_place(const int32_t* counts, int64_t n, int buckets, Key key,
-                                                               Place place) {
+__global__ void __launch_bounds__(bucket_threads)
+    bucket_place(const int32_t* counts, int64_t n, int buckets, Key key, Place place) {
   extern __shared__ int32_t next[];  // (warps, buckets): first a histogram, then the rank of the next item
   for (int i = threadIdx.x; i < bucket_warps * buckets; i += bucket_threads) next[i] = 0;
   __syncthreads();

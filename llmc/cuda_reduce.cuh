@@ -5,8 +5,8 @@
 // gradient (C) += the sum of partial (blocks,C) over its rows: 8 threads a column take every eighth row, and their sums
 // are added in order.
 template <class Real>
-__global__ void __launch_bounds__(256) sum_partial_rows(void* gradient, bool wide, const float* partial, int64_t blocks,
-                                                        int64_t C, int64_t stride) {
+__global__ void __launch_bounds__(256)
+    sum_partial_rows(void* gradient, bool wide, const float* partial, int64_t blocks, int64_t C, int64_t stride) {
   __shared__ float sums[8][33];
   int lane = threadIdx.x % 32, part = threadIdx.x / 32;
   int64_t c = int64_t(blockIdx.x) * 32 + lane;

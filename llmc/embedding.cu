@@ -176,7 +176,7 @@ void embedding_backward(Device& dev, Grad<Device> dtable, void* scratch, const i
                         const typename Device::Real* dout, int64_t N, int64_t C, int64_t V) {
   using Real = typename Device::Real;
   constexpr int64_t buckets = 1 << digit_bits;
-  int32_t *order[2] = {static_cast<int32_t*>(scratch), static_cast<int32_t*>(scratch) + N};
+  int32_t* order[2] = {static_cast<int32_t*>(scratch), static_cast<int32_t*>(scratch) + N};
   int32_t *totals = order[1] + N, *offsets = totals + buckets, *counts = offsets + buckets + 1;
   float* pieces = reinterpret_cast<float*>(counts + bucket_tiles(N) * buckets);
   const int32_t* from = nullptr;

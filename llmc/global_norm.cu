@@ -7,8 +7,8 @@
 namespace {
 
 template <class Device>
-__global__ void __launch_bounds__(view_threads) norm_partials(float* partials, const ParameterView<Device>* views,
-                                                              int64_t n_views) {
+__global__ void __launch_bounds__(view_threads)
+    norm_partials(float* partials, const ParameterView<Device>* views, int64_t n_views) {
   int64_t blocks = view_blocks(views, n_views);
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
     const ParameterView<Device> p = views[view_of_block(views, n_views, b)];
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(view_threads) norm_partials(float* partials, c
 }
 
 template <class Device>
-__global__ void __launch_bounds__(1024) decide(StepStats* stats, OutlierState* outliers, const float* partials,
-                                               const ParameterView<Device>* views, int64_t n_views, int64_t n_partials,
-                                               UpdateRules rules) {
+__global__ void __launch_bounds__(1024)
+    decide(StepStats* stats, OutlierState* outliers, const float* partials, const ParameterView<Device>* views,
+           int64_t n_views, int64_t n_partials, UpdateRules rules) {
   __shared__ int bad;
   if (threadIdx.x == 0) bad = INT_MAX;
   __syncthreads();
@@ -68,9 +68,9 @@ void update_decision(Device& dev, StepStats* stats, OutlierState* outliers, cons
   launch(dev, decide<Device>, 1, 1024, 0, stats, outliers, partials, views, n_views, n_partials, rules);
 }
 
-#define INSTANTIATE(Real)                                                                                    \
-  template void global_norm_partials(Gpu<Real>&, float*, const ParameterView<Gpu<Real>>*, int64_t);          \
-  template void update_decision(Gpu<Real>&, StepStats*, OutlierState*, const float*,                         \
-                                const ParameterView<Gpu<Real>>*, int64_t, int64_t, UpdateRules);
+#define INSTANTIATE(Real)                                                                                             \
+  template void global_norm_partials(Gpu<Real>&, float*, const ParameterView<Gpu<Real>>*, int64_t);                   \
+  template void update_decision(Gpu<Real>&, StepStats*, OutlierState*, const float*, const ParameterView<Gpu<Real>>*, \
+                                int64_t, int64_t, UpdateRules);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

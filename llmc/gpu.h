@@ -63,8 +63,8 @@ class GpuBase {
   CUstream_st* stream = nullptr;
   int multiprocessors = 0;
   size_t shared_bytes_per_block = 0;  // the most that a kernel may ask for
-  int capability = 0;      // 80, 90, ...
-  std::string gpu_name;    // "NVIDIA H100 80GB HBM3"
+  int capability = 0;                 // 80, 90, ...
+  std::string gpu_name;               // "NVIDIA H100 80GB HBM3"
   struct Memory {
     size_t free, total;
   };

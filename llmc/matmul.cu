@@ -54,14 +54,26 @@ bool library_product(GpuBase& dev, const MatrixView& c, void* scratch, const Mat
   auto type = [](const MatrixView& m) { return m.is_bf16 ? CUDA_R_16BF : CUDA_R_32F; };
   // How well the addresses are aligned decides which algorithms may be used.
   auto alignment = [](const MatrixView& m) { return int64_t(reinterpret_cast<uintptr_t>(m.data) & 255); };
-  std::array<int64_t, 13> key = {M,        N,        K,        a.stride,     b.stride,     c.stride,     type(a),
-                                 type(c),  transpose_a + 2 * transpose_b, accumulate, alignment(a), alignment(b), alignment(c)};
+  std::array<int64_t, 13> key = {M,
+                                 N,
+                                 K,
+                                 a.stride,
+                                 b.stride,
+                                 c.stride,
+                                 type(a),
+                                 type(c),
+                                 transpose_a + 2 * transpose_b,
+                                 accumulate,
+                                 alignment(a),
+                                 alignment(b),
+                                 alignment(c)};
   auto& libraries = *dev.libraries;
   cublasLtMatmulDesc_t description;
   BLAS_CHECK(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F));
   std::unique_ptr<cublasLtMatmulDescOpaque_t, void (*)(cublasLtMatmulDesc_t)> owner(
       description, [](cublasLtMatmulDesc_t d) { cublasLtMatmulDescDestroy(d); });
-  cublasOperation_t op_first = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, op_second = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+  cublasOperation_t op_first = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                    op_second = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
   BLAS_CHECK(cublasLtMatmulDescSetAttribute(description, CUBLASLT_MATMUL_DESC_TRANSA, &op_first, sizeof op_first));
   BLAS_CHECK(cublasLtMatmulDescSetAttribute(description, CUBLASLT_MATMUL_DESC_TRANSB, &op_second, sizeof op_second));
   Layout first(type(b), transpose_b ? K : N, transpose_b ? N : K, b.stride);
@@ -87,9 +99,8 @@ bool library_product(GpuBase& dev, const MatrixView& c, void* scratch, const Mat
     align(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c), align(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c);
     cublasLtMatmulHeuristicResult_t best{};
     int n = 0;
-    cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(libraries.handle, description, first.layout, second.layout, result.layout,
-                                       result.layout, preference, 1, &best, &n);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(libraries.handle, description, first.layout, second.layout,
+                                                           result.layout, result.layout, preference, 1, &best, &n);
     cublasLtMatmulPreferenceDestroy(preference);
     if (status != CUBLAS_STATUS_SUCCESS || n == 0) return false;
     found = libraries.chosen.emplace(key, best.algo).first;
@@ -104,8 +115,8 @@ bool library_product(GpuBase& dev, const MatrixView& c, void* scratch, const Mat
 // The plain product (--plain-matmul): 32 x 32 tiles through shared memory, one thread an element, k ascending.
 // C (M,N) = A B with any strides between rows and columns, or C += A B.
 template <class A, class C>
-__global__ void plain_product(C* c, int64_t c_row, const A* a, const A* b, int64_t M, int64_t N, int64_t K, int64_t a_row,
-                              int64_t a_col, int64_t b_row, int64_t b_col, bool accumulate) {
+__global__ void plain_product(C* c, int64_t c_row, const A* a, const A* b, int64_t M, int64_t N, int64_t K,
+                              int64_t a_row, int64_t a_col, int64_t b_row, int64_t b_col, bool accumulate) {
   constexpr int tile = 32;
   __shared__ float as[tile][tile + 1], bs[tile][tile + 1];
   int64_t m0 = int64_t(blockIdx.x) * tile, n0 = int64_t(blockIdx.y) * tile;
@@ -146,7 +157,8 @@ void plain(GpuBase& dev, const MatrixView& c, const MatrixView& a, bool transpos
 
 void dense_product(GpuBase& dev, const MatrixView& c, void* scratch, const MatrixView& a, bool transpose_a,
                    const MatrixView& b, bool transpose_b, int64_t M, int64_t N, int64_t K, bool accumulate) {
-  if (!dev.plain_matmul && library_product(dev, c, scratch, a, transpose_a, b, transpose_b, M, N, K, accumulate)) return;
+  if (!dev.plain_matmul && library_product(dev, c, scratch, a, transpose_a, b, transpose_b, M, N, K, accumulate))
+    return;
   if (!a.is_bf16)
     plain<float, float>(dev, c, a, transpose_a, b, transpose_b, M, N, K, accumulate);
   else if (c.is_bf16)

@@ -43,9 +43,9 @@ __device__ void each_element(int64_t C, F f) {
 
 // branch null: the norm of x alone; else sum = x + branch is stored and normalised.
 template <class Real, int W, int P>
-__global__ void __launch_bounds__(warps * 32) norm_forward(Real* sum, Real* out, float* rstd, const Real* x,
-                                                           const Real* branch, const Real* weight, int64_t N, int64_t C,
-                                                           float eps) {
+__global__ void __launch_bounds__(warps * 32)
+    norm_forward(Real* sum, Real* out, float* rstd, const Real* x, const Real* branch, const Real* weight, int64_t N,
+                 int64_t C, float eps) {
   using Row = RowOf<Real, W, P>;
   int64_t n = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
   if (n >= N) return;
@@ -125,7 +125,8 @@ __global__ void add_rows(Real* out, const Real* a, const Real* b, int64_t n) {
 
 template <class Real>
 [[noreturn]] void fail_too_wide(int64_t C, bool packed) {
-  fail("RMSNorm on the GPU: rows of ", C, " elements are too wide (", packed ? 1024 * Pack<Real>::n : 1024, " at most)");
+  fail("RMSNorm on the GPU: rows of ", C, " elements are too wide (", packed ? 1024 * Pack<Real>::n : 1024,
+       " at most)");
 }
 
 // Calls f.template operator()<W, P>() with the smallest P that holds a row of C elements, W elements a chunk.
@@ -202,13 +203,13 @@ void residual_add(Device& dev, typename Device::Real* out, const typename Device
   launch(dev, add_rows<Real>, dim3(unsigned(ceil_div(n, 256 * Pack<Real>::n))), 256, 0, out, a, b, n);
 }
 
-#define INSTANTIATE(Real)                                                                                         \
-  template void rmsnorm_forward(Gpu<Real>&, Real*, float*, const Real*, const Real*, int64_t, int64_t, double);   \
-  template void residual_rmsnorm_forward(Gpu<Real>&, Real*, Real*, float*, const Real*, const Real*, const Real*, \
-                                         int64_t, int64_t, double);                                               \
+#define INSTANTIATE(Real)                                                                                          \
+  template void rmsnorm_forward(Gpu<Real>&, Real*, float*, const Real*, const Real*, int64_t, int64_t, double);    \
+  template void residual_rmsnorm_forward(Gpu<Real>&, Real*, Real*, float*, const Real*, const Real*, const Real*,  \
+                                         int64_t, int64_t, double);                                                \
   template void rmsnorm_backward(Gpu<Real>&, Real*, Grad<Gpu<Real>>, void*, const Real*, const Real*, const Real*, \
-                                 const Real*, const float*, int64_t, int64_t);                                    \
-  template size_t rmsnorm_backward_scratch_bytes<Gpu<Real>>(int64_t, int64_t);                                    \
+                                 const Real*, const float*, int64_t, int64_t);                                     \
+  template size_t rmsnorm_backward_scratch_bytes<Gpu<Real>>(int64_t, int64_t);                                     \
   template void residual_add(Gpu<Real>&, Real*, const Real*, const Real*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

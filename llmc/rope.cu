@@ -58,10 +58,9 @@ struct HeadOf {
 };
 
 template <class Real, int W, int I>
-__global__ void __launch_bounds__(threads) rope_forward(Real* qk, float* rstd, const Real* qkv, const Real* q_weight,
-                                                        const Real* k_weight, const float* table,
-                                                        const int32_t* positions, int64_t N, HeadShape heads, float eps,
-                                                        int lanes) {
+__global__ void __launch_bounds__(threads)
+    rope_forward(Real* qk, float* rstd, const Real* qkv, const Real* q_weight, const Real* k_weight, const float* table,
+                 const int32_t* positions, int64_t N, HeadShape heads, float eps, int lanes) {
   int HD = int(heads.head_dim), half = HD / 2, H = int(heads.n_head + heads.n_kv_head);
   int64_t item = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
   bool live = item < N * H;  // no early return: the lanes of a warp sum together
@@ -87,10 +86,10 @@ __global__ void __launch_bounds__(threads) rope_forward(Real* qk, float* rstd, c
 
 // partial (blocks, 2, HD): weight gradients of the queries' norm and of the keys' over the tokens of a block.
 template <class Real, int W, int I>
-__global__ void __launch_bounds__(threads) rope_backward(Real* dqkv, float* partial, const Real* qkv, const float* rstd,
-                                                         const Real* q_weight, const Real* k_weight, const float* table,
-                                                         const int32_t* positions, int64_t N, HeadShape heads,
-                                                         int lanes) {
+__global__ void __launch_bounds__(threads)
+    rope_backward(Real* dqkv, float* partial, const Real* qkv, const float* rstd, const Real* q_weight,
+                  const Real* k_weight, const float* table, const int32_t* positions, int64_t N, HeadShape heads,
+                  int lanes) {
   extern __shared__ float sums[];  // (groups, 2, HD)
   int HD = int(heads.head_dim), half = HD / 2, H = int(heads.n_head + heads.n_kv_head);
   int groups = threads / lanes, group = threadIdx.x / lanes;
@@ -192,12 +191,12 @@ size_t qknorm_rope_backward_scratch_bytes(int64_t N, HeadShape heads) {
   return size_t(ceil_div(N, backward_tokens) * 2 * heads.head_dim) * sizeof(float);
 }
 
-#define INSTANTIATE(Real)                                                                                        \
+#define INSTANTIATE(Real)                                                                                           \
   template void qknorm_rope_forward(Gpu<Real>&, Real*, float*, const Real*, const Real*, const Real*, const float*, \
-                                    const int32_t*, int64_t, HeadShape, double);                                 \
-  template void qknorm_rope_backward(Gpu<Real>&, Real*, Grad<Gpu<Real>>, Grad<Gpu<Real>>, void*, const Real*,    \
+                                    const int32_t*, int64_t, HeadShape, double);                                    \
+  template void qknorm_rope_backward(Gpu<Real>&, Real*, Grad<Gpu<Real>>, Grad<Gpu<Real>>, void*, const Real*,       \
                                      const float*, const Real*, const Real*, const float*, const int32_t*, int64_t, \
-                                     HeadShape);                                                                 \
+                                     HeadShape);                                                                    \
   template size_t qknorm_rope_backward_scratch_bytes<Gpu<Real>>(int64_t, HeadShape);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

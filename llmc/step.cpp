@@ -13,7 +13,7 @@ void add_to(Device&, typename Device::Acc* to, const typename Device::Acc* from,
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
-#define INSTANTIATE(Real)                              \
+#define INSTANTIATE(Real)                            \
   template void reset_stats(Cpu<Real>&, StepStats*); \
   template void add_to(Cpu<Real>&, Cpu<Real>::Acc*, const Cpu<Real>::Acc*, int64_t);
 INSTANTIATE(float)

@@ -21,7 +21,7 @@ void add_to(Device& dev, typename Device::Acc* to, const typename Device::Acc* f
   launch(dev, add, dim3(unsigned(dev.multiprocessors * 8)), 256, 0, to, from, n);
 }
 
-#define INSTANTIATE(Real)                              \
+#define INSTANTIATE(Real)                            \
   template void reset_stats(Gpu<Real>&, StepStats*); \
   template void add_to(Gpu<Real>&, float*, const float*, int64_t);
 INSTANTIATE(float)

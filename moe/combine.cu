@@ -9,9 +9,9 @@ constexpr int warps = 8;
 
 // W elements at a time; batch rows in flight before the first is used.
 template <class Real, int W>
-__global__ void __launch_bounds__(warps * 32) combine_rows(Real* out, const Real* rows, const Real* addend,
-                                                           const float* gates, const int32_t* slot_row, int64_t N,
-                                                           int K, int64_t C) {
+__global__ void __launch_bounds__(warps * 32)
+    combine_rows(Real* out, const Real* rows, const Real* addend, const float* gates, const int32_t* slot_row,
+                 int64_t N, int K, int64_t C) {
   struct alignas(sizeof(Real) * W) Chunk {
     Real v[W];
   };

@@ -41,10 +41,10 @@ void dispatch_gather(Device&, typename Device::Real* rows, const typename Device
   for (int64_t r = 0; r < int64_t(offsets[E]); ++r) std::copy_n(x + row_slot[r] / K * C, C, rows + r * C);
 }
 
-#define INSTANTIATE(Real)                                                                                         \
+#define INSTANTIATE(Real)                                                                                          \
   template void dispatch_plan(Cpu<Real>&, RoutingPlan, void*, const int32_t*, int64_t, int64_t, int64_t, int64_t); \
-  template size_t dispatch_scratch_bytes<Cpu<Real>>(int64_t, int64_t, int64_t);                                   \
-  template void dispatch_gather(Cpu<Real>&, Real*, const Real*, const int32_t*, const int32_t*, int64_t, int64_t, \
+  template size_t dispatch_scratch_bytes<Cpu<Real>>(int64_t, int64_t, int64_t);                                    \
+  template void dispatch_gather(Cpu<Real>&, Real*, const Real*, const int32_t*, const int32_t*, int64_t, int64_t,  \
                                 int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -64,14 +64,14 @@ size_t dispatch_scratch_bytes(int64_t N, int64_t K, int64_t E) {
 template <class Device>
 void dispatch_gather(Device& dev, typename Device::Real* rows, const typename Device::Real* x, const int32_t* offsets,
                      const int32_t* row_slot, int64_t N, int64_t K, int64_t E, int64_t C) {
-  launch(dev, gather_rows<typename Device::Real>, dim3(unsigned(ceil_div(N * K, 8))), 256, 0, rows, x, offsets, row_slot,
-         int(K), int(E), C, packable<typename Device::Real>(C, rows, x));
+  launch(dev, gather_rows<typename Device::Real>, dim3(unsigned(ceil_div(N * K, 8))), 256, 0, rows, x, offsets,
+         row_slot, int(K), int(E), C, packable<typename Device::Real>(C, rows, x));
 }
 
-#define INSTANTIATE(Real)                                                                                         \
+#define INSTANTIATE(Real)                                                                                          \
   template void dispatch_plan(Gpu<Real>&, RoutingPlan, void*, const int32_t*, int64_t, int64_t, int64_t, int64_t); \
-  template size_t dispatch_scratch_bytes<Gpu<Real>>(int64_t, int64_t, int64_t);                                   \
-  template void dispatch_gather(Gpu<Real>&, Real*, const Real*, const int32_t*, const int32_t*, int64_t, int64_t, \
+  template size_t dispatch_scratch_bytes<Gpu<Real>>(int64_t, int64_t, int64_t);                                    \
+  template void dispatch_gather(Gpu<Real>&, Real*, const Real*, const int32_t*, const int32_t*, int64_t, int64_t,  \
                                 int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

@@ -113,7 +113,9 @@ class Model {
     write_rows(p, b.weight.data(), rounded.data());
     if (b.master) write_rows(p, b.master.data(), values);
   }
-  void write_state(const Parameter& p, State which, const Acc* values) { write_rows(p, state_pointer(p, which), values); }
+  void write_state(const Parameter& p, State which, const Acc* values) {
+    write_rows(p, state_pointer(p, which), values);
+  }
   std::vector<Acc> read_parameter(const Parameter& p, State which = State::weight) {
     const auto& b = table.buffer(p.buffer);
     if (which == State::weight || (which == State::master && !b.master)) return read_rows(p, b.weight.data());
@@ -597,7 +599,8 @@ class Model {
           N, C, config.vocab_size, config.padded_vocab(), chunk);
     x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
     if (!pass.training) return {};
-    if (dweight.info != dhead.info) x_.op("add head gradient", add_to<Device>, dhead, dweight, config.padded_vocab() * C);
+    if (dweight.info != dhead.info)
+      x_.op("add head gradient", add_to<Device>, dhead, dweight, config.padded_vocab() * C);
     auto dres = x_.template tensor<Real>("d residual", {N, C});
     norm_backward("final norm backward", dres, norm_, dnormed, {}, residual, rstd, N);
     return dres;

@@ -216,8 +216,7 @@ void choose_device(Options& o) {
   std::string problem = gpu_problem();
   bool plan_only = o.dry_run && o.device == "cuda";
   if (o.device == "auto") o.device = problem.empty() && o.dtype != "fp64" ? "cuda" : "cpu";
-  if (o.device == "cuda" && !problem.empty() && !plan_only)
-    fail("--device cuda: ", problem, "; use --device cpu");
+  if (o.device == "cuda" && !problem.empty() && !plan_only) fail("--device cuda: ", problem, "; use --device cpu");
   if (o.device == "cuda" && o.dtype == "fp64") fail("--dtype fp64: on the CPU only; use --device cpu");
 #else
   if (o.device == "cuda") fail("--device cuda: this binary was built without CUDA; use --device cpu");

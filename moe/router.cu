@@ -81,10 +81,9 @@ __device__ int best_expert(const float (&key)[V], unsigned taken, int E) {
 }
 
 template <int LANES, int V>
-__global__ void __launch_bounds__(threads) choose(float* gates, int32_t* top_k_index, float* lse, float* block_prob,
-                                                  int32_t* block_count, const float* logits, const float* bias,
-                                                  const int32_t* replay, RouterShape shape, DeviceStatus* status,
-                                                  int layer) {
+__global__ void __launch_bounds__(threads)
+    choose(float* gates, int32_t* top_k_index, float* lse, float* block_prob, int32_t* block_count, const float* logits,
+           const float* bias, const int32_t* replay, RouterShape shape, DeviceStatus* status, int layer) {
   using S = Scores<LANES, V>;
   constexpr int groups = threads / LANES;
   __shared__ float probs[groups][LANES];  // one i at a time
@@ -140,7 +139,8 @@ __global__ void __launch_bounds__(threads) choose(float* gates, int32_t* top_k_i
       largest_chosen = fmaxf(largest_chosen, logit);
 #pragma unroll
       for (int i = 0; i < slots; ++i)
-        if (k == i * LANES + S::lane()) chosen[i] = e, gate[i] = shape.gate == Gate::softmax && shape.norm_topk_prob ? logit : score;
+        if (k == i * LANES + S::lane())
+          chosen[i] = e, gate[i] = shape.gate == Gate::softmax && shape.norm_topk_prob ? logit : score;
     }
     // Unscaled gates: p, or for renormalised softmax the softmax over the chosen logits, the same but never 0/0.
     bool among_chosen = shape.gate == Gate::softmax && shape.norm_topk_prob;
@@ -200,9 +200,9 @@ __global__ void sum_statistics(float* group_prob, int32_t* group_count, const fl
   if (threadIdx.x % 32 == 0) group_prob[entry] = sum, group_count[entry] = count;
 }
 
-__global__ void __launch_bounds__(1024) add_balance_loss(StepStats* stats, int32_t* load, const float* group_prob,
-                                                         const int32_t* group_count, const float* lse,
-                                                         const StepParams* params, RouterShape shape) {
+__global__ void __launch_bounds__(1024)
+    add_balance_loss(StepStats* stats, int32_t* load, const float* group_prob, const int32_t* group_count,
+                     const float* lse, const StepParams* params, RouterShape shape) {
   double tokens = double(shape.N) / double(shape.G), balance = 0, z = 0;
   for (int64_t i = threadIdx.x; i < shape.G * shape.E; i += 1024)
     balance += double(group_count[i]) / (tokens * double(shape.K)) * double(group_prob[i]) / tokens;
@@ -221,10 +221,10 @@ __global__ void __launch_bounds__(1024) add_balance_loss(StepStats* stats, int32
 // ds of every token, in place of its logits (parts null), or as three bf16 numbers: ds = parts[e] + parts[E+e] +
 // parts[2E+e], rows of `width` elements, the rest zero.
 template <int LANES, int V>
-__global__ void __launch_bounds__(threads) logit_gradient(float* logits, bf16* parts, int width, const float* dgates,
-                                                          const float* gates, const int32_t* top_k_index,
-                                                          const float* lse, const int32_t* group_count,
-                                                          const StepParams* params, RouterShape shape) {
+__global__ void __launch_bounds__(threads)
+    logit_gradient(float* logits, bf16* parts, int width, const float* dgates, const float* gates,
+                   const int32_t* top_k_index, const float* lse, const int32_t* group_count, const StepParams* params,
+                   RouterShape shape) {
   using S = Scores<LANES, V>;
   int E = int(shape.E), K = int(shape.K);
   int64_t token = int64_t(blockIdx.x) * (threads / LANES) + threadIdx.x / LANES, n = min(token, shape.N - 1);
@@ -260,8 +260,7 @@ __global__ void __launch_bounds__(threads) logit_gradient(float* logits, bf16* p
   bool softmax = shape.gate == Gate::softmax;
   float scale = float(shape.route_scale), sum = chosen_sum + 1e-20f;
 #pragma unroll
-  for (int i = 0; i < V; ++i)
-    d.v[i] = softmax ? p.v[i] * (dp[i] + z - (shape.norm_topk_prob ? 0 : inner)) : dp[i];
+  for (int i = 0; i < V; ++i) d.v[i] = softmax ? p.v[i] * (dp[i] + z - (shape.norm_topk_prob ? 0 : inner)) : dp[i];
   for (int k = 0; k < K; ++k) {
     int e = chosen[k];
     if (S::lane() != e % LANES) continue;
@@ -366,14 +365,15 @@ void router_forward(Device& dev, typename Device::Acc* gates, int32_t* top_k_ind
                     const int32_t* replay, RouterShape s) {
   Scratch<typename Device::Real> at(s);
   char* memory = static_cast<char*>(scratch);
-  float *logits = reinterpret_cast<float*>(memory + at.logits), *prob = reinterpret_cast<float*>(memory + at.block_prob);
+  float *logits = reinterpret_cast<float*>(memory + at.logits),
+        *prob = reinterpret_cast<float*>(memory + at.block_prob);
   int32_t* count = reinterpret_cast<int32_t*>(memory + at.block_count);
   dense_product(dev, view(logits, s.E), memory + at.product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C,
                 false);
   int blocks = int(ceil_div(s.N / s.G, block_tokens));
   with_expert_shape(s, [&]<int LANES, int V>() {
-    launch(dev, choose<LANES, V>, dim3(unsigned(blocks), unsigned(s.G)), threads, 0, gates, top_k_index, lse, prob, count,
-           logits, bias, replay, s, dev.status, dev.layer);
+    launch(dev, choose<LANES, V>, dim3(unsigned(blocks), unsigned(s.G)), threads, 0, gates, top_k_index, lse, prob,
+           count, logits, bias, replay, s, dev.status, dev.layer);
   });
   launch(dev, sum_statistics, dim3(unsigned(ceil_div(s.G * s.E, 8))), 256, 0, group_prob, group_count, prob, count,
          blocks, int(s.E), s.G * s.E);
@@ -430,8 +430,8 @@ void router_bias_update(Device& dev, typename Device::Acc* bias, const int32_t* 
 }
 
 #define INSTANTIATE(Real)                                                                                              \
-  template void router_forward(Gpu<Real>&, float*, int32_t*, float*, float*, int32_t*, void*, const Real*, const Real*, \
-                               const float*, const int32_t*, RouterShape);                                             \
+  template void router_forward(Gpu<Real>&, float*, int32_t*, float*, float*, int32_t*, void*, const Real*,             \
+                               const Real*, const float*, const int32_t*, RouterShape);                                \
   template void balance_loss(Gpu<Real>&, StepStats*, int32_t*, const float*, const int32_t*, const float*,             \
                              const StepParams*, RouterShape);                                                          \
   template void router_backward(Gpu<Real>&, Real*, Grad<Gpu<Real>>, void*, const float*, const float*, const int32_t*, \

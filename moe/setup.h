@@ -91,7 +91,8 @@ void check_limits(const ModelConfig& c) {
     constexpr bool tensor_cores = std::is_same_v<typename Device::Real, bf16>;
     const int64_t sizes[] = {16, 32, 64, 96, 128};
     if (tensor_cores && std::find(std::begin(sizes), std::end(sizes), c.head_dim) == std::end(sizes))
-      fail("--head-dim ", c.head_dim, ": attention in bf16 on the GPU takes 16, 32, 64, 96 or 128; --dtype fp32 takes any");
+      fail("--head-dim ", c.head_dim,
+           ": attention in bf16 on the GPU takes 16, 32, 64, 96 or 128; --dtype fp32 takes any");
     int64_t width = c.d_model % 8 ? 1024 : tensor_cores ? 8192 : 4096;
     if (c.d_model > width) fail("--d-model ", c.d_model, ": norms on the GPU take rows of at most ", width);
   }

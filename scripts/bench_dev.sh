@@ -2,12 +2,13 @@
 # Builds and runs every program of the kernel laboratory on this GPU: checks, tables, and lines appended to
 # dev/results/<gpu>.jsonl, all with one run id. Fails if a check of any program fails, but only after running the others.
 #   scripts/bench_dev.sh [--quick] [other options of the programs, such as --out FILE]
+#   BUILD=folder PREBUILT=1 scripts/bench_dev.sh     with the programs that are there, without building
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 build=${BUILD:-build}
 export RUN_ID=${RUN_ID:-$(date -u +%Y%m%dT%H%M%SZ)}
-make dev BUILD="$build" || exit 1
+[ -n "${PREBUILT:-}" ] || make dev BUILD="$build" || exit 1
 
 failed=()
 run() {  # run PROGRAM OPTIONS...

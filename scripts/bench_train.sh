@@ -3,7 +3,8 @@
 # one line appended to dev/results/<gpu>.jsonl.
 #   scripts/bench_train.sh [STEPS]                 (default 60)
 #   DATA='data/fineweb_edu/*_train_*.bin'  shards of GPT-2 tokens; without it, shards of random ids are written first
-#   RECOMPUTE=act                          policy: none, act, up, block or auto
+#   RECOMPUTE=act                          policy: none, act, up, block or auto (MEMORY_BUDGET=18: GiB that auto may use)
+#   TRAINER=FILE                           the binary to use; without it, it is built
 # The trainer ends with a checkpoint: 8 GB are written to runs/bench_train, and removed again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +13,12 @@ export STEPS=${1:-60} WARMUP=10 RECOMPUTE=${RECOMPUTE:-act} OUT=runs/bench_train
 export RUN_ID=${RUN_ID:-$(date -u +%Y%m%dT%H%M%SZ)}
 export B=32 T=1024
 [ "$STEPS" -gt "$WARMUP" ] || { echo "bench_train: more than $WARMUP steps are needed; those are the warm-up" >&2; exit 1; }
-make train_gpt_moe
+if [ -z "${TRAINER:-}" ]; then
+  make train_gpt_moe
+  TRAINER=./train_gpt_moe
+fi
+budget=()
+[ -z "${MEMORY_BUDGET:-}" ] || budget=(--memory-budget "$MEMORY_BUDGET")
 rm -rf "$OUT" && mkdir -p "$OUT.data"
 
 if [ -z "${DATA:-}" ]; then
@@ -26,8 +32,8 @@ with open(sys.argv[1], "wb") as file:  # 256 int32: magic, version, number of id
 PYTHON
 fi
 
-./train_gpt_moe --device cuda --dtype bf16 --preset gpt124-8x2 --batch-size $B --seq-len $T --train-data "$DATA" \
-  --steps "$STEPS" --recompute "$RECOMPUTE" --out "$OUT"
+"$TRAINER" --device cuda --dtype bf16 --preset gpt124-8x2 --batch-size $B --seq-len $T --train-data "$DATA" \
+  --steps "$STEPS" --recompute "$RECOMPUTE" "${budget[@]}" --val-data '' --out "$OUT"
 
 GPU_NAME=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0) python3 - <<'PYTHON'
 import datetime, json, os, re, statistics
@@ -51,7 +57,7 @@ for word in re.split("[ -]", env["GPU_NAME"].lower()):
         if re.search("[0-9]", word):
             break
 record = {
-    "bench": "train", "shape": "gpt124-8x2", "impl": "ours", "variant": env["RECOMPUTE"],
+    "bench": "train", "shape": "gpt124-8x2", "impl": "ours" if env["RECOMPUTE"] == "act" else "ours-" + env["RECOMPUTE"], "variant": env["RECOMPUTE"] + (" " + env["MEMORY_BUDGET"] + " GiB" if env.get("MEMORY_BUDGET") else ""),
     "tokens_per_s": tokens_per_s, "ms": statistics.median(s["ms"] for s in steps),
     "mfu": tokens_per_s * flops / 989.4e12,  # of an H100's dense bf16 peak
     "mfu_of_measured_peak": statistics.median(s["mfu"] for s in steps),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All tests that this machine can run: include arrows, unit tests and whole-model tests, end-to-end runs of the trainer,
 # and everything that reads files or options once more under AddressSanitizer and UndefinedBehaviorSanitizer.
-# Closes with ctest's summary.   About ten minutes on two cores from a fresh clone.
+# Where nvcc (12.5 or later) is, the CUDA backend, its tests and the benchmarks in dev/ are compiled and linked for sm_80 and
+# sm_90a too; what needs a GPU is skipped by name (scripts/test_gpu.sh runs it). Closes with ctest's summary.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,4 +22,11 @@ build sanitize sanitize
 ctest --test-dir build-sanitize -j "$jobs" --output-on-failure --no-tests=error
 
 build release test
+[ ! -x build-test/test_gpu_device ] || cmake --build build-test --target dev -j "$jobs"
 ctest --test-dir build-test -j "$jobs" --output-on-failure --no-tests=error
+
+if [ -x build-test/test_gpu_device ]; then
+  echo "CUDA backend: compiled and linked for sm_80 and sm_90a, with the benchmarks in dev/"
+else
+  echo "SKIPPED: compiling the CUDA backend (no nvcc 12.5 or later here)"
+fi

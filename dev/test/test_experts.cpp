@@ -54,8 +54,8 @@ struct Chain {
     index = routing(c);
     counts.resize(c.E), offsets.resize(c.E + 1), row_slot.resize(s.R), slot_row.resize(s.R);
     Scratch buckets(dispatch_scratch_bytes<Cpu<Real>>(c.N, c.K, c.E));
-    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, buckets, index.data(), c.N, c.K, c.E,
-                  c.capacity);
+    dispatch_plan(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, buckets, index.data(), c.N,
+                  c.K, c.E, c.capacity);
     x = random_tensor<Real>("x", c.N * c.C), dout = random_tensor<Real>("dout", c.N * c.C);
     residual = random_tensor<Real>("residual", c.N * c.C);
     w13 = random_tensor<Real>("w13", c.E * 2 * c.F * c.C, 1.5 / std::sqrt(c.C));

@@ -89,7 +89,8 @@ TYPED_TEST(GpuUpdate, AdamWOfLargeAndTinyTensors) {
     int64_t first_partial = 0;
     for (const BufferShape& s : {large, tiny, vector}) {
       auto p = make_buffer(b, s, some_grad(s));
-      views.push_back({p.weight, p.master, p.m, p.v, p.grad, p.second, {0, 1, 1}, s.rows, s.cols, first_partial, s.rows > 1});
+      views.push_back(
+          {p.weight, p.master, p.m, p.v, p.grad, p.second, {0, 1, 1}, s.rows, s.cols, first_partial, s.rows > 1});
       first_partial += (s.rows + norm_block_rows - 1) / norm_block_rows;
     }
     for (int64_t step : {1, 1000})

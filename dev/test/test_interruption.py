@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from trainer import ENV, TRAINER, TrainerTest  # noqa: E402
+from trainer import ENV, TrainerTest, command  # noqa: E402
 
 
 class Interrupted(TrainerTest):
     def start(self, *args, **options):
-        return subprocess.Popen([str(TRAINER), *map(str, args)], env=ENV, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", **options)
+        return subprocess.Popen(command(args), env=ENV, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", **options)
 
     def test_signals(self):
         common = ["--steps", 1500]

@@ -15,7 +15,9 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from trainer import BATCH, ENV, EOT, MODEL, TRAINER, Safetensors, TrainerTest, shard_bytes, text  # noqa: E402
+from trainer import BATCH, DEVICE, ENV, EOT, MODEL, TRAINER, Safetensors, TrainerTest, shard_bytes, text  # noqa: E402
+
+AUTO_BUDGET = "0.05" if DEVICE == "cuda" else "0.01"  # GiB; the library's workspace on a GPU is 32 MiB
 
 SIGMOID = ["--gate", "sigmoid", "--balance", "bias", "--route-scale", "1.5"]
 TWO_MICRO_BATCHES = ["--total-batch-tokens", "128"]
@@ -157,7 +159,7 @@ class SameNumbers(TrainerTest):
             common = ["--steps", 6, "--n-layer", 2, "--d-shared", 16, "--dtype", dtype, "--val-data", self.val]
             expected = self.losses(self.trained(*common, out=dtype))
             for options in (["--recompute", "none"], ["--recompute", "up"], ["--recompute", "block"], ["--dispatch", "materialized"], ["--arena", "separate"],
-                            ["--dispatch", "materialized", "--recompute", "block", "--arena", "separate"], ["--recompute", "auto", "--memory-budget", "0.01"]):
+                            ["--dispatch", "materialized", "--recompute", "block", "--arena", "separate"], ["--recompute", "auto", "--memory-budget", AUTO_BUDGET]):
                 with self.subTest(dtype=dtype, options=options):
                     run = self.trained(*common, *options, out=dtype + "".join(options))
                     self.assertEqual(self.losses(run), expected)

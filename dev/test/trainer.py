@@ -17,6 +17,11 @@ TRAINER = Path(os.environ.get("TRAINER", "./train_gpt_moe")).resolve()
 DEVICE = os.environ.get("TRAINER_DEVICE", "cpu")
 ENV = {"OMP_NUM_THREADS": "1", **os.environ, **({} if DEVICE == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
 
+def command(args):
+    """The command line with these arguments."""
+    return [str(TRAINER), *map(str, args), *(["--dtype", "fp32"] if DEVICE == "cuda" and "--dtype" not in args else [])]
+
+
 # A model that trains a step in less than a millisecond.
 MODEL = "--n-layer 1 --d-model 32 --n-head 2 --n-kv-head 1 --head-dim 16 --n-expert 4 --d-expert 16".split()
 BATCH = "--batch-size 2 --seq-len 32".split()
@@ -81,9 +86,7 @@ class TrainerTest(unittest.TestCase):
 
     def execute(self, *args, **options):
         """The program with these arguments, as they are; fails the test if a signal ended it."""
-        if DEVICE == "cuda" and "--dtype" not in args:
-            args = [*args, "--dtype", "fp32"]
-        result = subprocess.run([str(TRAINER), *map(str, args)], env=ENV, cwd=self.folder, capture_output=True, timeout=120, **options)
+        result = subprocess.run(command(args), env=ENV, cwd=self.folder, capture_output=True, timeout=120, **options)
         result.stdout, result.stderr = result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
         self.assertIn(result.returncode, (0, 1), f"{args}\n{result.stderr[-3000:]}")
         return result
