@@ -111,10 +111,10 @@ class Trainer {
     } else {
       model_.initialise(o_.seed);
     }
+    peak_ = peak_flops(dev_);
     log_ = Logger(o_.out, o_.resume);
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
-    peak_ = peak_flops(dev_);
     std::printf(
         "%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s "
         "allocated | matmul peak %.0f GFLOP/s\n",
@@ -445,7 +445,7 @@ void run_on_gpu(const Options& o) {
     dev.portable = o.experts == "portable";
     run(o, std::forward<Device>(dev));
   };
-  bool planning = o.dry_run;
+  bool planning = o.dry_run && !gpu_problem().empty();  // a plan alone needs no GPU
   if (o.dtype == "fp32")
     with(Gpu<float>(planning));
   else

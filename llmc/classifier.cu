@@ -97,7 +97,8 @@ void cross_entropy(Device& dev, typename Device::Acc* losses, typename Device::R
   size_t bytes = size_t(Vp) * sizeof(Real);
   bool in_shared = gradient && bytes <= 112 * 1024;  // two blocks a multiprocessor of Hopper
   auto kernel = packable<Real>(Vp, logits) ? cross_entropy_rows<Real, Pack<Real>::n> : cross_entropy_rows<Real, 1>;
-  if (in_shared && dev.shared_bytes_per_block < bytes) in_shared = false;
+  if (in_shared && dev.shared_bytes_per_block < bytes + 1024)  // the reductions have some too
+    in_shared = false;
   launch(dev, kernel, dim3(unsigned(n)), threads, in_shared ? bytes : 0, losses, logits, targets, params, first, int(V),
          int(Vp), gradient, in_shared, dev.status, dev.layer);
 }

@@ -24,12 +24,13 @@ struct GpuBase::Staging {
   };
   cudaStream_t copy_stream = nullptr;
   std::vector<Slot> slots{n_slots}, fetched{n_slots};  // to the device; from it (no twin)
-  int next = 0, next_fetch = 0;
+  unsigned next = 0, next_fetch = 0;
 };
 
 std::string gpu_problem() {
   int count = 0;
-  cudaError_t error = cudaGetDeviceCount(&count);  // 35: no driver
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) return "no NVIDIA driver answers, or one too old for this CUDA";
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (count == 0) return "no GPU is visible";
   cudaDeviceProp properties;
@@ -37,7 +38,7 @@ std::string gpu_problem() {
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (properties.major < 8)
     return std::string(properties.name) + " has compute capability " + std::to_string(properties.major) + "." +
-           std::to_string(properties.minor) + "; 8.0 or later is needed";
+           std::to_string(properties.minor) + "; 8.0 or later is needed (CUDA_VISIBLE_DEVICES chooses another GPU)";
   return "";
 }
 
@@ -108,10 +109,12 @@ void GpuBase::to_host(void* host, const void* device, size_t bytes) {
   CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 void GpuBase::rows_to_device(void* device, size_t device_pitch, const void* host, size_t width, size_t rows) {
+  if (rows == 1) return to_device(device, host, width);  // a pitch has 31 bits
   CUDA_CHECK(cudaMemcpy2DAsync(device, device_pitch, host, width, width, rows, cudaMemcpyHostToDevice, stream));
   CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 void GpuBase::rows_to_host(void* host, const void* device, size_t device_pitch, size_t width, size_t rows) {
+  if (rows == 1) return to_host(host, device, width);
   CUDA_CHECK(cudaMemcpy2DAsync(host, width, device, device_pitch, width, rows, cudaMemcpyDeviceToHost, stream));
   CUDA_CHECK(cudaStreamSynchronize(stream));
 }
@@ -119,9 +122,10 @@ void GpuBase::synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream)); }
 
 void GpuBase::stage(void* device, const void* host, size_t bytes) {
   auto& slot = staging_->slots[staging_->next++ % Staging::n_slots];
-  CUDA_CHECK(cudaEventSynchronize(slot.consumed));  // at once, but for a host that is four batches ahead
+  CUDA_CHECK(cudaEventSynchronize(slot.consumed));  // at once, but for a host that is four copies ahead
   if (slot.bytes < bytes) {
     if (slot.pinned) CUDA_CHECK(cudaFreeHost(slot.pinned)), CUDA_CHECK(cudaFree(slot.device));
+    slot.pinned = slot.device = nullptr, slot.bytes = 0;
     CUDA_CHECK(cudaMallocHost(&slot.pinned, bytes));
     slot.device = allocate(bytes), slot.bytes = bytes;
   }
@@ -140,6 +144,7 @@ GpuBase::Fetch GpuBase::fetch(const std::vector<std::pair<const void*, size_t>>&
   CUDA_CHECK(cudaEventSynchronize(slot.arrived));
   if (slot.bytes < total) {
     if (slot.pinned) CUDA_CHECK(cudaFreeHost(slot.pinned));
+    slot.pinned = nullptr, slot.bytes = 0;
     CUDA_CHECK(cudaMallocHost(&slot.pinned, total));
     slot.bytes = total;
   }
@@ -162,6 +167,7 @@ GpuBase::Graph GpuBase::capture(const std::function<void()>& body) {
     body();
   } catch (...) {
     cudaStreamEndCapture(stream, &g->graph);
+    cudaGetLastError();  // the capture's own failure says nothing new
     throw;
   }
   CUDA_CHECK(cudaStreamEndCapture(stream, &g->graph));

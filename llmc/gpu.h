@@ -13,8 +13,9 @@ struct CUstream_st;  // what a cudaStream_t points to
 // A captured program (a CUDA graph), ready to be launched again and again.
 struct GpuGraph;
 
-// What every storage type shares. All work is put on one stream and nothing waits, except to_host(), to_device() and
-// synchronize(). Errors of the CUDA runtime are thrown as Error with the name of the call.
+// What every storage type shares. All work is put on one stream and nothing waits for it, except synchronize(),
+// release() and what copies between host and device (stage() and fetch() only where the host is far ahead). Errors of
+// the CUDA runtime are thrown as Error with the name of the call.
 class GpuBase {
  public:
   static constexpr const char* name = "cuda";

@@ -3,7 +3,7 @@
 #include "llmc/device.h"
 
 // Operations a second of the best of a few dense products of random numbers: what this machine's matmul library reaches,
-// measured in about a tenth of a second. On the CPU 1024 x 1024 x 1024, all threads; on a GPU 8192 x 8192 x 8192, or
-// smaller where memory is short.
+// measured in about a tenth of a second. On the CPU 1024 x 1024 x 1024, all threads; on a GPU the best of sizes up to
+// 8192 x 8192 x 8192.
 template <class Device>
 double peak_flops(Device& dev);

@@ -158,7 +158,7 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   group("Debugging");
   app.add_flag("--plain-matmul", o.plain_matmul, "our own plain products instead of the matmul library");
   app.add_flag("--no-graphs", o.no_graphs, "cuda: launch op by op instead of replaying captured graphs (same bits)");
-  app.add_option("--experts", o.experts, "cuda: auto, or portable: the kernels for every GPU even on Hopper");
+  app.add_option("--experts", o.experts, "cuda: auto, or portable: only kernels that every GPU since Ampere runs");
   return declared;
 }
 
@@ -213,7 +213,7 @@ void apply_preset(Options& o) {
 // Settles what "auto" and the default dtype mean on this machine. A memory plan alone needs no GPU.
 void choose_device(Options& o) {
 #ifdef GPT_MOE_CUDA
-  std::string problem = gpu_problem();
+  std::string problem = o.device == "cpu" ? "" : gpu_problem();
   bool plan_only = o.dry_run && o.device == "cuda";
   if (o.device == "auto") o.device = problem.empty() && o.dtype != "fp64" ? "cuda" : "cpu";
   if (o.device == "cuda" && !problem.empty() && !plan_only) fail("--device cuda: ", problem, "; use --device cpu");

@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(threads)
   __shared__ float probs[groups][LANES];  // one i at a time
   __shared__ int32_t counts[groups][LANES];
   int E = int(shape.E), K = int(shape.K), group = threadIdx.x / LANES;
-  // grid (blocks of a group of statistics, G)
-  int64_t per_group = shape.N / shape.G, base = int64_t(blockIdx.y) * per_group;
-  int64_t first = int64_t(blockIdx.x) * block_tokens, end = min(per_group, first + block_tokens);
+  // grid (G, blocks of a group of statistics)
+  int64_t per_group = shape.N / shape.G, base = int64_t(blockIdx.x) * per_group;
+  int64_t first = int64_t(blockIdx.y) * block_tokens, end = min(per_group, first + block_tokens);
   float prob[V] = {};
   int count[V] = {};
   for (int64_t start = first; start < end; start += groups) {
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(threads)
     for (int i = 0; i < V; ++i)
       if (live) prob[i] += p.v[i] * norm;
   }
-  int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  int64_t block = int64_t(blockIdx.x) * gridDim.y + blockIdx.y;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     __syncthreads();
@@ -371,8 +371,9 @@ void router_forward(Device& dev, typename Device::Acc* gates, int32_t* top_k_ind
   dense_product(dev, view(logits, s.E), memory + at.product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C,
                 false);
   int blocks = int(ceil_div(s.N / s.G, block_tokens));
+  if (blocks > 65535) fail("the router on the GPU: at most ", 65535 * block_tokens, " tokens share balance statistics");
   with_expert_shape(s, [&]<int LANES, int V>() {
-    launch(dev, choose<LANES, V>, dim3(unsigned(blocks), unsigned(s.G)), threads, 0, gates, top_k_index, lse, prob,
+    launch(dev, choose<LANES, V>, dim3(unsigned(s.G), unsigned(blocks)), threads, 0, gates, top_k_index, lse, prob,
            count, logits, bias, replay, s, dev.status, dev.layer);
   });
   launch(dev, sum_statistics, dim3(unsigned(ceil_div(s.G * s.E, 8))), 256, 0, group_prob, group_count, prob, count,

@@ -93,7 +93,7 @@ void check_limits(const ModelConfig& c) {
     if (tensor_cores && std::find(std::begin(sizes), std::end(sizes), c.head_dim) == std::end(sizes))
       fail("--head-dim ", c.head_dim,
            ": attention in bf16 on the GPU takes 16, 32, 64, 96 or 128; --dtype fp32 takes any");
-    int64_t width = c.d_model % 8 ? 1024 : tensor_cores ? 8192 : 4096;
+    int64_t width = c.d_model % (tensor_cores ? 8 : 4) ? 1024 : tensor_cores ? 8192 : 4096;
     if (c.d_model > width) fail("--d-model ", c.d_model, ": norms on the GPU take rows of at most ", width);
   }
 }
@@ -151,7 +151,8 @@ void print_report(Device& dev, const Options& o, const RunOptions& run) {
 // Refuses a run that does not fit, with its report, naming the nearest setting that does.
 template <class Device>
 void check_memory(Device& dev, const Options& o, const RunOptions& run) {
-  size_t budget = budget_of(dev, o), needed = bytes_of(dev, o.model, run);
+  size_t budget = budget_of(dev, o), needed = bytes_of(dev, o.model, run), free = free_bytes(dev);
+  if (std::is_base_of_v<GpuBase, Device> && free) budget = std::min(budget, free);
   if (budget == 0 || needed <= budget) return;
   std::string hint;
   for (RunOptions r = run; r.B >= 1 && hint.empty(); r.B /= 2)
@@ -165,7 +166,7 @@ void check_memory(Device& dev, const Options& o, const RunOptions& run) {
     }
   print_report(dev, o, run);
   fail("the run needs ", readable_bytes(double(needed)), " and ", readable_bytes(double(budget)),
-       o.memory_budget > 0 ? " are allowed by --memory-budget" : " are free", "; ",
+       o.memory_budget > 0 && budget != free ? " are allowed by --memory-budget" : " are free", "; ",
        hint.empty() ? "no batch size fits; choose a smaller model" : hint);
 }
 

@@ -22,11 +22,13 @@ build sanitize sanitize
 ctest --test-dir build-sanitize -j "$jobs" --output-on-failure --no-tests=error
 
 build release test
-[ ! -x build-test/test_gpu_device ] || cmake --build build-test --target dev -j "$jobs"
+with_cuda() { grep -q '^GPT_MOE_WITH_CUDA:INTERNAL=ON' build-test/CMakeCache.txt; }
+! with_cuda || cmake --build build-test --target dev -j "$jobs"
 ctest --test-dir build-test -j "$jobs" --output-on-failure --no-tests=error
 
-if [ -x build-test/test_gpu_device ]; then
+if with_cuda; then
   echo "CUDA backend: compiled and linked for sm_80 and sm_90a, with the benchmarks in dev/"
+  echo "SKIPPED: what runs on a GPU (scripts/test_gpu.sh)"
 else
   echo "SKIPPED: compiling the CUDA backend (no nvcc 12.5 or later here)"
 fi
