@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
                                          int(size.qkv_stride), size.T - k0, threadIdx.x);
   Step step{kv * group, first_tile};
   load_queries(step, 0);
-  wait_for_copies();
+  wait_copies();
   __syncthreads();
 
   const float scale_log2 = scale * log2_e;
@@ -177,8 +177,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     const LaneView<HD, true> view(base + key0 * T::row_bytes, lane);
 #pragma unroll
     for (int d = 0; d < HD / 16; ++d) {
-      load_blocks(kept_k[d], view.at(0, 2 * d));
-      load_blocks(kept_v[d], view.at(0, 2 * d) + at_V);
+      load_matrices<false>(kept_k[d], view.at(0, 2 * d));
+      load_matrices<false>(kept_v[d], view.at(0, 2 * d) + at_V);
     }
   }
 
@@ -193,13 +193,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
       if constexpr (Shape::keep_operands)
         for (int i = 0; i < 4; ++i) a[i] = kept[d][i];
       else
-        load_blocks(a, a_view.at(0, 2 * d));
+        load_matrices<false>(a, a_view.at(0, 2 * d));
 #pragma unroll
       for (int n = 0; n < queries / 16; ++n) {
         uint32_t bb[4];
-        load_blocks(bb, b_view.at(16 * n, 2 * d));
-        multiply(c[2 * n], a, bb[0], bb[1]);
-        multiply(c[2 * n + 1], a, bb[2], bb[3]);
+        load_matrices<false>(bb, b_view.at(16 * n, 2 * d));
+        multiply_add(c[2 * n], a, bb[0], bb[1]);
+        multiply_add(c[2 * n + 1], a, bb[2], bb[3]);
       }
     }
   };
@@ -208,9 +208,9 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 #pragma unroll
     for (int d = 0; d < HD / 16; ++d) {
       uint32_t bb[4];
-      load_blocks_transposed(bb, b_view.at(q, 2 * d));
-      multiply(c[2 * d], a, bb[0], bb[1]);
-      multiply(c[2 * d + 1], a, bb[2], bb[3]);
+      load_matrices<true>(bb, b_view.at(q, 2 * d));
+      multiply_add(c[2 * d], a, bb[0], bb[1]);
+      multiply_add(c[2 * d + 1], a, bb[2], bb[3]);
     }
   };
 
@@ -238,15 +238,15 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     for (int k = 0; k < keys / 16; ++k) {
       uint32_t a[Shape::m_blocks][4];
 #pragma unroll
-      for (int m = 0; m < Shape::m_blocks; ++m) load_blocks_transposed(a[m], a_view.at(16 * k, row0 / 8 + 2 * m));
+      for (int m = 0; m < Shape::m_blocks; ++m) load_matrices<true>(a[m], a_view.at(16 * k, row0 / 8 + 2 * m));
 #pragma unroll
       for (int n = 0; n < Shape::n_blocks / 2; ++n) {
         uint32_t bb[4];
-        load_blocks_transposed(bb, b_view.at(16 * k, column0 / 8 + 2 * n));
+        load_matrices<true>(bb, b_view.at(16 * k, column0 / 8 + 2 * n));
 #pragma unroll
         for (int m = 0; m < Shape::m_blocks; ++m) {
-          multiply(c[m][2 * n], a[m], bb[0], bb[1]);
-          multiply(c[m][2 * n + 1], a[m], bb[2], bb[3]);
+          multiply_add(c[m][2 * n], a[m], bb[0], bb[1]);
+          multiply_add(c[m][2 * n + 1], a[m], bb[2], bb[3]);
         }
       }
     }
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
   // the phase before. At the end of phase s the block has the turn for dQ of step s; in phase s + 2 it passes it on.
   for (int s = 0; s < steps; ++s, step = after(step)) {
     const int stage = s % 2, q0 = step.tile * queries, shares = shares_before(step.tile);
-    wait_for_copies();
+    wait_copies();
     __syncthreads();
     if (s >= 2) pass_turn(before(before(step)));
     bool my_turn = !waits_for_turn || shares == 0 || read_turn(turn_of(step)) == shares;

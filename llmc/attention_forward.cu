@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 
   for (int tile = 0; tile < tiles; ++tile) {
     // After the barrier this tile is there for all, and nobody reads the tile before any more.
-    wait_for_copies();
+    wait_copies();
     __syncthreads();
     if (tile + 1 < tiles) load_keys(tile + 1);
     const int k0 = tile * keys, stage = tile % 2 * Shape::k_bytes;
@@ -82,15 +82,15 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     for (int d = 0; d < HD / 16; ++d) {
       uint32_t a[m_blocks][4];
 #pragma unroll
-      for (int m = 0; m < m_blocks; ++m) load_blocks(a[m], q_view.at(16 * m, 2 * d));
+      for (int m = 0; m < m_blocks; ++m) load_matrices<false>(a[m], q_view.at(16 * m, 2 * d));
 #pragma unroll
       for (int n = 0; n < keys / 16; ++n) {
         uint32_t kk[4];
-        load_blocks(kk, k_view.at(16 * n, 2 * d));
+        load_matrices<false>(kk, k_view.at(16 * n, 2 * d));
 #pragma unroll
         for (int m = 0; m < m_blocks; ++m) {
-          multiply(s[m][2 * n], a[m], kk[0], kk[1]);
-          multiply(s[m][2 * n + 1], a[m], kk[2], kk[3]);
+          multiply_add(s[m][2 * n], a[m], kk[0], kk[1]);
+          multiply_add(s[m][2 * n + 1], a[m], kk[2], kk[3]);
         }
       }
     }
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 #pragma unroll
       for (int d = 0; d < HD / 16; ++d) {
         uint32_t vv[4];
-        load_blocks_transposed(vv, v_view.at(16 * n, 2 * d));
+        load_matrices<true>(vv, v_view.at(16 * n, 2 * d));
 #pragma unroll
         for (int m = 0; m < m_blocks; ++m) {
-          multiply(out[m][2 * d], p[m], vv[0], vv[1]);
-          multiply(out[m][2 * d + 1], p[m], vv[2], vv[3]);
+          multiply_add(out[m][2 * d], p[m], vv[0], vv[1]);
+          multiply_add(out[m][2 * d + 1], p[m], vv[2], vv[3]);
         }
       }
     }

@@ -1,18 +1,13 @@
 // Pieces of the attention kernels on tensor cores: tiles of bf16 in shared memory, how they are filled, and how warps
 // read them as operands of mma.m16n8k16.
 //
-// A warp multiplies a 16 x 16 block A by a 16 x 8 block B into a 16 x 8 block C of floats. With g = lane / 4 and
-// t = lane % 4, a lane holds
-//   A  a[0] (row g, columns 2t, 2t+1), a[1] (row g+8, same), a[2] (row g, columns 2t+8, 2t+9), a[3] (row g+8, same)
-//   B  b[0] (rows 2t, 2t+1 of column g), b[1] (rows 2t+8, 2t+9 of column g)
-//   C  c[0], c[1] (row g, columns 2t, 2t+1), c[2], c[3] (row g+8, same)
-// C of two neighbouring products, rounded to bf16, is therefore an A: probabilities go from one product into the next
-// without leaving the registers.
+// A product's C, two neighbours of it rounded to bf16, is an A (cuda_mma.cuh says which lane holds what): probabilities
+// go from one product into the next without leaving the registers.
 #pragma once
 #include <utility>
 
 #include "llmc/attention.h"
-#include "llmc/cuda_common.cuh"
+#include "llmc/cuda_mma.cuh"
 
 namespace attention_tile {
 
@@ -31,17 +26,6 @@ __device__ __forceinline__ int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
-
-// ---- copies from global to shared memory that run while the warps compute ----
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
-// 16 bytes; zeros if not `inside`, and then `from` is not read.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-// Until the copies that this thread began have landed. Other threads see them after a barrier.
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A tile of rows of `width` bf16. Rows are stored without gaps, so that 16-byte chunks of the same column would lie in
 // the same banks; instead chunk c of row r is stored as chunk c ^ flip(r), and the eight chunks that ldmatrix reads at
@@ -89,34 +73,12 @@ struct Tile {
 
 // ---- operands ----
 
-// Four 8 x 8 blocks; lanes 8i .. 8i+7 point to the rows of block i, and every lane receives its two elements of each.
-__device__ __forceinline__ void load_blocks(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-// The same of the transposed blocks.
-__device__ __forceinline__ void load_blocks_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-// c += a b
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Where a lane points for the 16 x 16 block at (row, chunk) of a tile. The four 8 x 8 blocks are ordered down first
 // (down = true) or across first:
-//   A of a tile that holds rows of A            down,   load_blocks
-//   A of a tile that holds columns of A         across, load_blocks_transposed
-//   B twice, of a tile that holds columns of B  across, load_blocks: r[0], r[1] are B of tile rows 0-7; r[2], r[3] 8-15
-//   B twice, of a tile that holds rows of B     down,   load_blocks_transposed: likewise tile columns 0-7 and 8-15
+//   A of a tile that holds rows of A            down,   load_matrices<false>
+//   A of a tile that holds columns of A         across, load_matrices<true>
+//   B twice, of a tile that holds columns of B  across, load_matrices<false>: r[0], r[1] are B of tile rows 0-7; r[2], r[3] 8-15
+//   B twice, of a tile that holds rows of B     down,   load_matrices<true>: likewise tile columns 0-7 and 8-15
 template <int width, bool down>
 struct LaneView {
   uint32_t base, flip;

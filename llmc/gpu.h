@@ -25,6 +25,7 @@ class GpuBase {
 
   bool plain_matmul = false;  // dense products by our own plain kernel instead of cuBLASLt
   bool portable = false;      // the kernels for every GPU even where this one has special ones
+  int expert_tile = -1;       // to measure: this tile for Hopper's expert products (experts_hopper_kernels.h), if >= 0
   DeviceStatus* status = nullptr;
   int layer = -1;
 

@@ -1,14 +1,14 @@
-// The products that portable::grouped_product computes: which windows they read, and how they finish a tile while it is
-// still in registers.
+// The six products: which windows they read, and how they finish a tile while it is still in registers. Both pipelines
+// (experts_portable.cuh, experts_hopper.cuh) compute them.
 //
-// As mma leaves a tile, lane 4*g + t of a warp holds columns 2t and 2t+1 of rows g and g+8 of every 8 columns: four
-// lanes (a quad) share a row. Stored like that, a row would leave in pieces of 4 bytes. A transpose across the quad
+// As mma and wgmma leave a tile, lane 4*g + t of a warp holds columns 2t and 2t+1 of rows g and g+8 of every 8 columns
+// of a strip of 16 rows: four lanes (a quad) share a row. Stored like that, a row would leave in pieces of 4 bytes. A transpose across the quad
 // gives each of its lanes all 8 columns of one of four neighbouring blocks of 8 instead: 16 bytes a lane as bf16, 64
 // contiguous bytes a quad. A lane then decides for all 8 columns at once whether they are within the matrix.
 #pragma once
-#include "moe/experts_portable.cuh"
+#include "moe/experts_tiles.cuh"
 
-namespace portable {
+namespace grouped {
 
 // ---- between lanes ----
 
@@ -38,22 +38,29 @@ __device__ __forceinline__ void pair_transpose(T (&x)[n], T (&y)[n]) {
   }
 }
 
-// ---- a lane's part of a warp's 64 x 64 ----
+// ---- a lane's part of a tile ----
 
+// Accumulators of a warp: acc[i][j] are the lane's four of strip i (16 rows) and columns 8j ... 8j + 7. Columns are
+// finished 64 at a time.
+constexpr int group_columns = 64;
+
+// Where a warp's part lies. Strips are `distance` rows apart.
+template <int distance>
 struct Place {
-  int row, column;  // of the warp's part: this lane's first row, the first column
-  __device__ Place(const WorkTile& t, int warp_m, int warp_n)
-      : row(t.m0 + warp_m * WM + threadIdx.x % 32 / 4), column(t.n0 + warp_n * WN) {}
-  __device__ int row_of(int i, int half) const { return row + i * 16 + half * 8; }
+  int row, column;  // this lane's first row, the first column
+  __device__ Place(const WorkTile& t, int part_row, int part_column)
+      : row(t.m0 + part_row + threadIdx.x % 32 / 4), column(t.n0 + part_column) {}
+  __device__ int row_of(int i, int half) const { return row + i * distance + half * 8; }
   // After a quad_transpose over blocks 4*group ... 4*group + 3.
   __device__ int column_of(int group) const { return column + (group * 4 + threadIdx.x % 4) * 8; }
 };
 
 // Columns 2k and 2k+1, k = 0..3, of the block that column_of(group) names, as even[k] and odd[k].
-__device__ __forceinline__ void block_of(float (&even)[4], float (&odd)[4], const Accumulators& acc, int i, int half,
+template <int blocks>
+__device__ __forceinline__ void block_of(float (&even)[4], float (&odd)[4], const float (&strip)[blocks][4], int half,
                                          int group) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) even[j] = acc[i][group * 4 + j][half * 2], odd[j] = acc[i][group * 4 + j][half * 2 + 1];
+  for (int j = 0; j < 4; ++j) even[j] = strip[group * 4 + j][half * 2], odd[j] = strip[group * 4 + j][half * 2 + 1];
   quad_transpose(even), quad_transpose(odd);
 }
 __device__ __forceinline__ void store16(bf16* to, const uint32_t (&v)[4]) {
@@ -65,11 +72,12 @@ __device__ __forceinline__ void load16(uint32_t (&v)[4], const bf16* from) {
 }
 
 // Asks for a tile of `rows` rows of `bytes` bytes to be in the L2 cache: what finishing will read. Rows from
-// `rows_left` on and bytes from `bytes_left` on are nobody's. All threads share the work, a sector of 32 bytes each.
+// `rows_left` on and bytes from `bytes_left` on are nobody's. `threads` threads share the work, a sector of 32 bytes each.
 template <int rows, int bytes, int threads>
-__device__ __forceinline__ void prefetch_tile(const void* first, int64_t row_bytes, int rows_left, int64_t bytes_left) {
+__device__ __forceinline__ void prefetch_tile(const void* first, int64_t row_bytes, int rows_left, int64_t bytes_left,
+                                              int thread) {
   constexpr int sectors = bytes / 32, pass = threads / sectors;
-  const int row = threadIdx.x / sectors, byte = threadIdx.x % sectors * 32;
+  const int row = thread / sectors, byte = thread % sectors * 32;
   const char* at = static_cast<const char*>(first) + row * row_bytes + byte;
   if (byte < bytes_left)
 #pragma unroll 1
@@ -92,32 +100,42 @@ __device__ __forceinline__ float fast_sigmoid(float x) {
 template <class Shape_>
 struct Up : Operands {
   using Shape = Shape_;
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_prefetch = false;
   static constexpr Access a_access{.down = false, .gathered = true}, b_access{.down = false, .gathered = false};
   bf16 *h, *activated;
 
-  __device__ __forceinline__ void finish(const Accumulators& acc, const WorkTile& t, int warp_m, int warp_n) const {
-    const Place place(t, warp_m, warp_n);
-    const int F = N / 2, f = place.column / 2 + threadIdx.x % 4 * 8;
+  template <int strips, int blocks, int distance>
+  __device__ __forceinline__ void finish(const float (&acc)[strips][blocks][4], const Place<distance>& place,
+                                         const WorkTile& t) const {
+    const int F = N / 2;
 #pragma unroll
-    for (int i = 0; i < WM / 16; ++i)
+    for (int i = 0; i < strips; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = place.row_of(i, half);
-        uint32_t packed[2][4], act[4];
 #pragma unroll
-        for (int j = 0; j < WN / 8; ++j) packed[j / 4][j % 4] = pack_bf16(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
+        for (int part = 0; part < blocks / 8; ++part) {
+          const int f = (place.column + part * group_columns) / 2 + threadIdx.x % 4 * 8;
+          uint32_t packed[2][4], act[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {  // of the rounded h: the backward pass has no other
-          float2 g = unpack_bf16(packed[j / 2][j % 2 * 2]), u = unpack_bf16(packed[j / 2][j % 2 * 2 + 1]);
-          act[j] = pack_bf16(g.x * fast_sigmoid(g.x) * u.x, g.y * fast_sigmoid(g.y) * u.y);
+          for (int j = 0; j < 8; ++j) {
+            const auto& c = acc[i][part * 8 + j];
+            packed[j / 4][j % 4] = pack_bf16(c[half * 2], c[half * 2 + 1]);
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {  // of the rounded h: the backward pass has no other
+            float2 g = unpack_bf16(packed[j / 2][j % 2 * 2]), u = unpack_bf16(packed[j / 2][j % 2 * 2 + 1]);
+            act[j] = pack_bf16(g.x * fast_sigmoid(g.x) * u.x, g.y * fast_sigmoid(g.y) * u.y);
+          }
+          quad_transpose(packed[0]), quad_transpose(packed[1]), quad_transpose(act);
+          if (row >= t.row_end) continue;
+#pragma unroll
+          for (int group = 0; group < 2; ++group) {
+            const int column = place.column_of(part * 2 + group);
+            if (column < N) store16(h + int64_t(row) * N + column, packed[group]);
+          }
+          if (f < F) store16(activated + int64_t(row) * F + f, act);
         }
-        quad_transpose(packed[0]), quad_transpose(packed[1]), quad_transpose(act);
-        if (row >= t.row_end) continue;
-#pragma unroll
-        for (int group = 0; group < 2; ++group)
-          if (place.column_of(group) < N) store16(h + int64_t(row) * N + place.column_of(group), packed[group]);
-        if (f < F) store16(activated + int64_t(row) * F + f, act);
       }
   }
 };
@@ -128,18 +146,19 @@ struct Up : Operands {
 template <class Shape_, bool b_down>
 struct Rows : Operands {
   using Shape = Shape_;
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_prefetch = false;
   static constexpr Access a_access{.down = false, .gathered = false}, b_access{.down = b_down, .gathered = false};
   bf16* out;
 
-  __device__ __forceinline__ void finish(const Accumulators& acc, const WorkTile& t, int warp_m, int warp_n) const {
-    const Place place(t, warp_m, warp_n);
+  template <int strips, int blocks, int distance>
+  __device__ __forceinline__ void finish(const float (&acc)[strips][blocks][4], const Place<distance>& place,
+                                         const WorkTile& t) const {
 #pragma unroll
-    for (int i = 0; i < WM / 16; ++i)
+    for (int i = 0; i < strips; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int group = 0; group < 2; ++group) {
+        for (int group = 0; group < blocks / 4; ++group) {
           const int row = place.row_of(i, half), column = place.column_of(group);
           uint32_t packed[4];
 #pragma unroll
@@ -153,13 +172,13 @@ struct Rows : Operands {
 
 // ---- dA' = dout[token] W2, and all that follows from it ----
 
-// N = F. Of each row a warp holds 64 columns of dA'; their part of <dA', A> goes to partial (ceil(F/64), rows).
+// N = F. Every 64 columns of dA' in a row, their part of <dA', A> goes to partial (ceil(F/64), rows).
 //
 // A is computed again from h and not read where it was kept: silu(g) is needed for du anyway, so A is one more product.
 template <class Shape_>
 struct DownBackward : Operands {
   using Shape = Shape_;
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_prefetch = true;
   static constexpr Access a_access{.down = false, .gathered = true}, b_access{.down = true, .gathered = false};
   bf16 *dh, *a_scaled;
   float* partial;
@@ -170,18 +189,54 @@ struct DownBackward : Operands {
 
   using HBlocks = uint32_t[2][2][2][4];  // of 16 rows: [half][group][gate, up][pair of columns]
 
-  __device__ __forceinline__ void prefetch(const WorkTile& t) const {
-    prefetch_tile<Shape::BM, Shape::BN * 4, Shape::threads>(h + (int64_t(t.m0) * N + t.n0) * 2, int64_t(N) * 4,
-                                                            t.row_end - t.m0, int64_t(N - t.n0) * 4);
+  template <int rows, int columns, int threads>
+  __device__ __forceinline__ void prefetch(const WorkTile& t, int m0, int thread) const {
+    prefetch_tile<rows, columns * 4, threads>(h + (int64_t(m0) * N + t.n0) * 2, int64_t(N) * 4, t.row_end - m0,
+                                              int64_t(N - t.n0) * 4, thread);
   }
 
-  __device__ __forceinline__ void load_h(HBlocks& blocks, const Place& place, int row_end, int i) const {
+  template <int strips, int blocks, int distance>
+  __device__ __forceinline__ void finish(const float (&acc)[strips][blocks][4], const Place<distance>& place,
+                                         const WorkTile& t) const {
+    constexpr int parts = blocks / 8;
+    float gate[strips][2];
+#pragma unroll
+    for (int i = 0; i < strips * 2; ++i) {
+      const int row = place.row_of(i / 2, i % 2);
+      gate[i / 2][i % 2] = row < t.row_end ? __ldg(gates + __ldg(slot_of_row + row)) : 0;
+    }
+    HBlocks blocks_of_h[2];  // h of the next 16 rows and 64 columns is on its way while these are worked on
+    load_h(blocks_of_h[0], place, t.row_end, 0, 0);
+#pragma unroll
+    for (int piece = 0; piece < strips * parts; ++piece) {
+      const int i = piece / parts, part = piece % parts;
+      if (piece + 1 < strips * parts)
+        load_h(blocks_of_h[(piece + 1) % 2], place, t.row_end, (piece + 1) / parts, (piece + 1) % parts);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float dgate = 0;
+#pragma unroll
+        for (int group = 0; group < 2; ++group)
+          dgate += finish_block(acc[i], place, t.row_end, gate[i][half], blocks_of_h[piece % 2][half][group], i, half,
+                                part * 2 + group);
+        dgate += __shfl_xor_sync(~0u, dgate, 1);
+        dgate += __shfl_xor_sync(~0u, dgate, 2);
+        const int row = place.row_of(i, half), column = place.column + part * group_columns;
+        if (threadIdx.x % 4 == 0 && row < t.row_end && column < N) partial[column / group_columns * R + row] = dgate;
+      }
+    }
+  }
+
+ private:
+  template <int distance>
+  __device__ __forceinline__ void load_h(HBlocks& to, const Place<distance>& place, int row_end, int i,
+                                         int part) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
-        auto& block = blocks[half][group];
-        const int row = place.row_of(i, half), f = place.column_of(group);
+        auto& block = to[half][group];
+        const int row = place.row_of(i, half), f = place.column_of(part * 2 + group);
         if (row < row_end && f < N) {
           const bf16* from = h + (int64_t(row) * N + f) * 2;
           load16(block[0], from), load16(block[1], from + 8);
@@ -191,40 +246,13 @@ struct DownBackward : Operands {
         }
       }
   }
-
-  __device__ __forceinline__ void finish(const Accumulators& acc, const WorkTile& t, int warp_m, int warp_n) const {
-    const Place place(t, warp_m, warp_n);
-    float gate[WM / 16][2];
-#pragma unroll
-    for (int i = 0; i < WM / 8; ++i) {
-      const int row = place.row_of(i / 2, i % 2);
-      gate[i / 2][i % 2] = row < t.row_end ? __ldg(gates + __ldg(slot_of_row + row)) : 0;
-    }
-    HBlocks blocks[2];  // h of the next 16 rows is on its way while these are worked on
-    load_h(blocks[0], place, t.row_end, 0);
-#pragma unroll
-    for (int i = 0; i < WM / 16; ++i) {
-      if (i + 1 < WM / 16) load_h(blocks[(i + 1) % 2], place, t.row_end, i + 1);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float dgate = 0;
-#pragma unroll
-        for (int group = 0; group < 2; ++group)
-          dgate += finish_block(acc, place, t.row_end, gate[i][half], blocks[i % 2][half][group], i, half, group);
-        dgate += __shfl_xor_sync(~0u, dgate, 1);
-        dgate += __shfl_xor_sync(~0u, dgate, 2);
-        const int row = place.row_of(i, half);
-        if (threadIdx.x % 4 == 0 && row < t.row_end && place.column < N) partial[place.column / WN * R + row] = dgate;
-      }
-    }
-  }
-
- private:
   // Eight columns of one row: stores dh and a_scaled, returns their part of <dA', A>.
-  __device__ __forceinline__ float finish_block(const Accumulators& acc, const Place& place, int row_end, float gate,
-                                                const uint32_t (&h_block)[2][4], int i, int half, int group) const {
+  template <int blocks, int distance>
+  __device__ __forceinline__ float finish_block(const float (&strip)[blocks][4], const Place<distance>& place,
+                                                int row_end, float gate, const uint32_t (&h_block)[2][4], int i,
+                                                int half, int group) const {
     float d[2][4], dgate = 0;  // dA' of even and of odd columns
-    block_of(d[0], d[1], acc, i, half, group);
+    block_of(d[0], d[1], strip, half, group);
     uint32_t dg[4], du[4], scaled[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -264,82 +292,103 @@ struct DownBackward : Operands {
 template <class Shape_, bool gather_a>
 struct WeightGradient : Operands {
   using Shape = Shape_;
-  static constexpr bool sums_rows = true;
+  static constexpr bool sums_rows = true, has_prefetch = true;
   static constexpr Access a_access{.down = true, .gathered = gather_a}, b_access{.down = true, .gathered = !gather_a};
   void* gradient;
   bool wide;
 
-  __device__ __forceinline__ void prefetch(const WorkTile& t) const {
-    const int64_t first = (int64_t(t.expert) * M + t.m0) * N + t.n0;
+  template <int rows, int columns, int threads>
+  __device__ __forceinline__ void prefetch(const WorkTile& t, int m0, int thread) const {
+    const int64_t first = (int64_t(t.expert) * M + m0) * N + t.n0;
     if (wide)
-      prefetch_tile<Shape::BM, Shape::BN * 4, Shape::threads>(static_cast<float*>(gradient) + first, int64_t(N) * 4,
-                                                              M - t.m0, int64_t(N - t.n0) * 4);
+      prefetch_tile<rows, columns * 4, threads>(static_cast<float*>(gradient) + first, int64_t(N) * 4, M - m0,
+                                                int64_t(N - t.n0) * 4, thread);
     else
-      prefetch_tile<Shape::BM, Shape::BN * 2, Shape::threads>(static_cast<bf16*>(gradient) + first, int64_t(N) * 2,
-                                                              M - t.m0, int64_t(N - t.n0) * 2);
+      prefetch_tile<rows, columns * 2, threads>(static_cast<bf16*>(gradient) + first, int64_t(N) * 2, M - m0,
+                                                int64_t(N - t.n0) * 2, thread);
   }
 
-  __device__ __forceinline__ void finish(const Accumulators& acc, const WorkTile& t, int warp_m, int warp_n) const {
+  template <int strips, int blocks, int distance>
+  __device__ __forceinline__ void finish(const float (&acc)[strips][blocks][4], const Place<distance>& place,
+                                         const WorkTile& t) const {
     if (wide)
-      add(static_cast<float*>(gradient) + int64_t(t.expert) * M * N, acc, Place(t, warp_m, warp_n));
+      add(static_cast<float*>(gradient) + int64_t(t.expert) * M * N, acc, place);
     else
-      add(static_cast<bf16*>(gradient) + int64_t(t.expert) * M * N, acc, Place(t, warp_m, warp_n));
+      add(static_cast<bf16*>(gradient) + int64_t(t.expert) * M * N, acc, place);
   }
 
  private:
-  // Adds in eighths of 8 rows: what the gradient holds for the eighth after the next is on its way while one is added.
+  // Adds in pieces of 8 rows and 64 columns: what the gradient holds for the next `ahead` is on its way while one is
+  // added, two where the accumulators leave registers for it.
   //
   // Two blocks of 8 columns at a time: of a row the even lane of a pair takes 4 columns of the first, the odd lane 4 of
   // the second.
-  __device__ __forceinline__ void add(float* g, const Accumulators& acc, const Place& place) const {
+  template <int strips, int blocks, int distance>
+  __device__ __forceinline__ void add(float* g, const float (&acc)[strips][blocks][4],
+                                      const Place<distance>& place) const {
+    constexpr int pieces = strips * 2 * (blocks / 8), ahead = strips * blocks > 32 ? 1 : 2;
     const int odd = threadIdx.x & 1, column = place.column + odd * 8 + (threadIdx.x & 2) * 2;
-    const int rows_left = M - place.row, columns_left = N - column;
     g += int64_t(place.row) * N + column;
-    float4 old[3][WN / 16] = {};
-    auto load = [&](int eighth) {
-      const float* from = g + int64_t(N) * (eighth * 8);
-#pragma unroll
-      for (int j = 0; j < WN / 16; ++j)
-        if (eighth * 8 < rows_left && j * 16 < columns_left)
-          old[eighth % 3][j] = *reinterpret_cast<const float4*>(from + j * 16);
+    float4 old[ahead + 1][4] = {};
+    // Piece 2i + half of each group of columns: rows half * 8 ... + 7 of strip i.
+    auto at = [&](int piece, int j) {
+      return g + int64_t(N) * (place.row_of(piece % (strips * 2) / 2, piece % 2) - place.row) +
+             piece / (strips * 2) * group_columns + j * 16;
     };
-    load(0), load(1);
+    auto inside = [&](int piece, int j) {
+      return place.row_of(piece % (strips * 2) / 2, piece % 2) < M &&
+             column + piece / (strips * 2) * group_columns + j * 16 < N;
+    };
+    auto load = [&](int piece) {
 #pragma unroll
-    for (int eighth = 0; eighth < WM / 8; ++eighth) {
-      if (eighth + 2 < WM / 8) load(eighth + 2);
-      float* to = g + int64_t(N) * (eighth * 8);
+      for (int j = 0; j < 4; ++j)
+        if (inside(piece, j)) old[piece % (ahead + 1)][j] = *reinterpret_cast<const float4*>(at(piece, j));
+    };
 #pragma unroll
-      for (int j = 0; j < WN / 16; ++j) {
-        const auto &first = acc[eighth / 2][j * 2], &second = acc[eighth / 2][j * 2 + 1];
-        const int half = eighth % 2 * 2;
-        float x[2] = {first[half], first[half + 1]}, y[2] = {second[half], second[half + 1]};
+    for (int piece = 0; piece < ahead; ++piece) load(piece);
+#pragma unroll
+    for (int piece = 0; piece < pieces; ++piece) {
+      if (piece + ahead < pieces) load(piece + ahead);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const auto& strip = acc[piece % (strips * 2) / 2];
+        const int block = piece / (strips * 2) * 8 + j * 2, half = piece % 2 * 2;
+        float x[2] = {strip[block][half], strip[block][half + 1]};
+        float y[2] = {strip[block + 1][half], strip[block + 1][half + 1]};
         pair_transpose(x, y);
-        const float4 o = old[eighth % 3][j], sum = {o.x + x[0], o.y + x[1], o.z + y[0], o.w + y[1]};
-        if (eighth * 8 < rows_left && j * 16 < columns_left) *reinterpret_cast<float4*>(to + j * 16) = sum;
+        const float4 o = old[piece % (ahead + 1)][j], sum = {o.x + x[0], o.y + x[1], o.z + y[0], o.w + y[1]};
+        if (inside(piece, j)) *reinterpret_cast<float4*>(at(piece, j)) = sum;
       }
     }
   }
-  __device__ __forceinline__ void add(bf16* g, const Accumulators& acc, const Place& place) const {
-    const int rows_left = M - place.row, columns_left = N - place.column_of(0);
-    g += int64_t(place.row) * N + place.column_of(0);
-    uint4 old[3][2] = {};
-    auto load = [&](int eighth) {
-      const bf16* from = g + int64_t(N) * (eighth * 8);
+  template <int strips, int blocks, int distance>
+  __device__ __forceinline__ void add(bf16* g, const float (&acc)[strips][blocks][4],
+                                      const Place<distance>& place) const {
+    constexpr int pieces = strips * 2 * (blocks / 8), ahead = strips * blocks > 32 ? 1 : 2;
+    uint4 old[ahead + 1][2] = {};
+    auto at = [&](int piece, int group) {
+      return g + int64_t(place.row_of(piece % (strips * 2) / 2, piece % 2)) * N +
+             place.column_of(piece / (strips * 2) * 2 + group);
+    };
+    auto inside = [&](int piece, int group) {
+      return place.row_of(piece % (strips * 2) / 2, piece % 2) < M &&
+             place.column_of(piece / (strips * 2) * 2 + group) < N;
+    };
+    auto load = [&](int piece) {
 #pragma unroll
       for (int group = 0; group < 2; ++group)
-        if (eighth * 8 < rows_left && group * 32 < columns_left)
-          old[eighth % 3][group] = *reinterpret_cast<const uint4*>(from + group * 32);
+        if (inside(piece, group)) old[piece % (ahead + 1)][group] = *reinterpret_cast<const uint4*>(at(piece, group));
     };
-    load(0), load(1);
 #pragma unroll
-    for (int eighth = 0; eighth < WM / 8; ++eighth) {
-      if (eighth + 2 < WM / 8) load(eighth + 2);
-      bf16* to = g + int64_t(N) * (eighth * 8);
+    for (int piece = 0; piece < ahead; ++piece) load(piece);
+#pragma unroll
+    for (int piece = 0; piece < pieces; ++piece) {
+      if (piece + ahead < pieces) load(piece + ahead);
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
         float even[4], odd[4];
-        block_of(even, odd, acc, eighth / 2, eighth % 2, group);
-        const uint4 o = old[eighth % 3][group];
+        block_of(even, odd, acc[piece % (strips * 2) / 2], piece % 2, piece / (strips * 2) * 2 + group);
+        const uint4 o = old[piece % (ahead + 1)][group];
         const uint32_t before[4] = {o.x, o.y, o.z, o.w};
         uint32_t sum[4];
 #pragma unroll
@@ -347,10 +396,10 @@ struct WeightGradient : Operands {
           const float2 v = unpack_bf16(before[k]);
           sum[k] = pack_bf16(v.x + even[k], v.y + odd[k]);
         }
-        if (eighth * 8 < rows_left && group * 32 < columns_left) store16(to + group * 32, sum);
+        if (inside(piece, group)) store16(at(piece, group), sum);
       }
     }
   }
 };
 
-}  // namespace portable
+}  // namespace grouped

@@ -1,11 +1,12 @@
 // The six expert products, each alone. 0: production. portable: the kernels for every GPU, where production has special
-// ones. 1: a thread an element (naive.cuh), timed only where it takes seconds. cublaslt: one product an expert through
+// ones. 128x128 ... : on Hopper, production with each of its tiles. 1: a thread an element (naive.cuh), timed only where it takes seconds. cublaslt: one product an expert through
 // cuBLASLt, on rows that were gathered beforehand and without what ours fuse (SwiGLU, its backward, the gate gradient).
 //
 //   build/experts [--shapes olmoe-64x8,mixtral-8x2.up,...] [--variants portable] [--quick]
 #include "dev/experts/buffers.h"
 #include "dev/experts/naive.cuh"
 #include "llmc/cuda_matmul.cuh"
+#include "moe/experts_hopper_kernels.h"
 
 namespace {
 using namespace bench;
@@ -117,6 +118,13 @@ Case make(Lab& lab, const Shape& shape) {
                           production(dev, p, b);
                           dev.portable = false;
                         }});
+  if (hopper::usable(dev, b.s))
+    for (int tile = 0; tile < hopper::tile_choices; ++tile)
+      c.variants.push_back({hopper::tile_names[tile], std::string("ours-") + hopper::tile_names[tile], [=, &dev] {
+                              dev.expert_tile = tile;
+                              production(dev, p, b);
+                              dev.expert_tile = -1;
+                            }});
   if (c.forward.flops < 4e11 || !lab.options.variants.empty())
     c.variants.push_back({"naive", "ours-naive", [=, &dev] { simple(dev, p, b); }});
   Variant products{"cublaslt", "cublaslt", [=, &dev] { library(dev, p, b, library_scratch); }};

@@ -5,6 +5,7 @@
 #include "dev/test/gpu_test.h"
 #include "moe/combine.h"
 #include "moe/experts.h"
+#include "moe/experts_hopper_kernels.h"
 
 namespace {
 
@@ -176,6 +177,21 @@ void check_modes(const std::vector<Case>& all) {
 }
 TYPED_TEST(GpuExperts, MaterialisedAndKeptActivationsGiveTheSameBitsSmall) { check_modes<TypeParam>(small_cases()); }
 TYPED_TEST(GpuExperts, MaterialisedAndKeptActivationsGiveTheSameBits) { check_modes<TypeParam>(cases()); }
+
+// Every tile that Hopper's kernels come in, at widths that end within tiles.
+TEST_F(Gpu16, EveryHopperTile) {
+  auto& dev = gpu<bf16>();
+  if (!hopper::usable(dev, ExpertShape{1, 1, 1, 8, 8})) GTEST_SUCCEED() << "not a Hopper GPU: nothing to test";
+  for (int tile = 0; tile < hopper::tile_choices && dev.capability == 90; ++tile) {
+    SCOPED_TRACE(hopper::tile_names[tile]);
+    dev.expert_tile = tile;
+    check_experts<bf16>({{empty_and_single(290, 5), 261, 200, 72},
+                         {random_routing(300, 8, 64), 0, 64, 40},
+                         {random_routing(900, 3, 4), 0, 328, 264},
+                         {same_for_all(700, 2, 8, 6), 500, 264, 200}});
+    dev.expert_tile = -1;
+  }
+}
 
 template <class Real>
 void check_neighbours(const Case& c, Mode mode) {

@@ -1,0 +1,68 @@
+// Which tile each of the six products takes on Hopper, and their launches.
+#include "moe/experts_hopper.cuh"
+#include "moe/experts_hopper_kernels.h"
+
+namespace hopper {
+
+namespace {
+
+using Narrow = TileShape<128, 128, Consumers::ping_pong>;
+using Medium = TileShape<128, 192, Consumers::ping_pong>;
+using Wide = TileShape<128, 256, Consumers::cooperative>;
+enum Choice { narrow, medium, wide };
+
+template <template <class> class Product, class... Outputs>
+void run_with(GpuBase& dev, int tile, const ExpertShape& s, const Operands& o, Outputs... outputs) {
+  if (dev.expert_tile >= 0) tile = dev.expert_tile;
+  switch (tile) {
+    case narrow:
+      return run(dev, Product<Narrow>{o, outputs...}, s);
+    case medium:
+      return run(dev, Product<Medium>{o, outputs...}, s);
+    default:
+      return run(dev, Product<Wide>{o, outputs...}, s);
+  }
+}
+
+template <class Shape>
+using Down = Rows<Shape, false>;
+template <class Shape>
+using UpInput = Rows<Shape, true>;
+template <class Shape>
+using DownWeight = WeightGradient<Shape, true>;
+template <class Shape>
+using UpWeight = WeightGradient<Shape, false>;
+
+}  // namespace
+
+const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping-pong", "128x256 cooperative"};
+
+bool usable(const GpuBase& dev, const ExpertShape& s) {
+  if (dev.capability != 90 || s.E > max_experts) return false;
+  static const bool compiled = [] {  // sm_90a code, and not PTX of an older architecture translated by the driver
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, grouped_product<Down<Narrow>>));
+    return attributes.ptxVersion >= 90;
+  }();
+  return compiled;
+}
+
+void up(GpuBase& dev, const Operands& o, bf16* h, bf16* a, const ExpertShape& s) {
+  run_with<Up>(dev, medium, s, o, h, a);
+}
+void down(GpuBase& dev, const Operands& o, bf16* y, const ExpertShape& s) { run_with<Down>(dev, wide, s, o, y); }
+void down_backward(GpuBase& dev, const Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,
+                   const float* gates, const int32_t* slot_of_row, const ExpertShape& s) {
+  run_with<DownBackward>(dev, narrow, s, o, dh, a_scaled, partial, h, gates, slot_of_row, s.R);
+}
+void down_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, const ExpertShape& s) {
+  run_with<DownWeight>(dev, wide, s, o, gradient, wide_gradient);
+}
+void up_backward_input(GpuBase& dev, const Operands& o, bf16* dx_rows, const ExpertShape& s) {
+  run_with<UpInput>(dev, wide, s, o, dx_rows);
+}
+void up_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, const ExpertShape& s) {
+  run_with<UpWeight>(dev, wide, s, o, gradient, wide_gradient);
+}
+
+}  // namespace hopper

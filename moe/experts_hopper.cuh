@@ -1,0 +1,259 @@
+// A grouped matrix product for Hopper: the pipeline that the six expert products share there. experts_epilogue.cuh says
+// what they read and how each finishes a tile; tiles and windows are those of experts_tiles.cuh.
+//
+// A block has three warpgroups and a multiprocessor to itself. The first copies, the other two multiply and finish:
+//
+//   producer   for each tile of this block, for each step of 64 along the reduction:
+//                wait until the stage of the ring is empty
+//                ask the copy engine for the operand that lies in rows as it is wanted (one thread)
+//                copy the gathered operand by cp.async, 16 bytes at a time (all 128 threads)
+//                either way the bytes arrive at the stage's `full` barrier by themselves
+//   consumers  for each tile:
+//                for each step: wait until the stage is full, multiply, and call the stage before it empty
+//                finish the tile: activation, rounding, stores
+//
+// While a tile is finished the tensor cores should work on another. Two ways to share a block's tiles:
+//   ping-pong    each consumer has tiles of its own, in turn: one multiplies while the other finishes
+//   cooperative  each consumer has half the rows of every tile: larger tiles, which read less per multiplication, but
+//                nobody multiplies while both finish. For long reductions.
+#pragma once
+#include "moe/experts.h"
+#include "moe/experts_epilogue.cuh"
+#include "moe/hopper.cuh"
+
+namespace hopper {
+
+using namespace grouped;
+
+enum class Consumers { ping_pong, cooperative };
+
+template <int BM_, int BN_, Consumers consumers_>
+struct TileShape {
+  static constexpr int BM = BM_, BN = BN_;
+  static constexpr Consumers consumers = consumers_;
+  static constexpr bool ping_pong = consumers == Consumers::ping_pong;
+  static constexpr int rows = ping_pong ? BM : BM / 2;  // of a tile that a consumer multiplies
+  static constexpr int stage_bytes = (BM + BN) * BK * 2;
+  static constexpr int other_bytes = 3072;  // of shared memory: barriers, and the starts of TileWalk
+  static constexpr int stages = (shared_bytes - other_bytes) / stage_bytes;
+  static constexpr int threads = 3 * warpgroup;
+  static_assert(rows % 64 == 0 && BN % 64 == 0 && stages >= 3);
+};
+constexpr int max_experts = 512;
+
+template <class Product>
+struct Arguments {
+  Product product;
+  TensorMap a, b;  // of the operands that are not gathered
+};
+
+// Stages are filled and emptied in the same order for ever. Position n of that order is use n / stages of stage
+// n % stages.
+template <int stages>
+struct Position {
+  uint32_t stage = 0, parity = 0;
+  __device__ void advance() {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+  __device__ void advance(uint32_t n) {
+    stage += n % stages, parity ^= n / stages & 1;
+    if (stage >= stages) stage -= stages, parity ^= 1;
+  }
+};
+
+template <class Product>
+class Pipeline {
+  using Shape = typename Product::Shape;
+  static constexpr int stages = Shape::stages;
+  static constexpr Access a_access = Product::a_access, b_access = Product::b_access;
+  static constexpr bool gathers = a_access.gathered || b_access.gathered;
+  static constexpr int a_bytes = Shape::BM * BK * 2;
+  static constexpr int filling_threads = gathers ? warpgroup : 0;  // that arrive when their copies have landed
+  static constexpr int emptying_warps = Shape::ping_pong ? 4 : 8;
+
+  const Arguments<Product>& args_;
+  const Product& p_;
+  uint32_t ring_, full_, empty_;
+  const int* starts_;
+
+ public:
+  static constexpr int shared = stages * Shape::stage_bytes + Shape::other_bytes;
+
+  __device__ Pipeline(const Arguments<Product>& args, unsigned char* shared)
+      : args_(args),
+        p_(args.product),
+        ring_(shared_address(shared)),
+        full_(ring_ + stages * Shape::stage_bytes),
+        empty_(full_ + stages * 8) {
+    int* starts = reinterpret_cast<int*>(shared + stages * (Shape::stage_bytes + 16));
+    starts_ = starts;
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < stages; ++s)
+        init_barrier(full_ + s * 8, 1 + filling_threads), init_barrier(empty_ + s * 8, emptying_warps);
+      fence_barriers();
+      if (!a_access.gathered) prefetch_map(&args.a);
+      if (!b_access.gathered) prefetch_map(&args.b);
+    }
+    TileWalk<Product>::count(starts, p_);  // and a barrier
+  }
+
+  __device__ void produce() const {
+    if (!gathers && threadIdx.x > 0) return;
+    Window<Shape::BM, a_access, warpgroup> a;
+    Window<Shape::BN, b_access, warpgroup> b;
+    const int a_width = (a_access.down ? p_.M : p_.depth) / 8, b_width = (b_access.down ? p_.N : p_.depth) / 8;
+    const uint32_t place = a.place();
+    TileWalk<Product> walk(starts_);
+    Position<stages> at;
+    for (WorkTile t; walk.next(t, p_);) {
+      const int rows = t.row_end - t.first_row;
+      if constexpr (a_access.gathered)
+        a.enter(p_.a, a_width, t.first_row, rows, a_access.down ? t.m0 / 8 : 0, p_),
+            a.settle(true, a_width, t.row_end, p_);
+      if constexpr (b_access.gathered)
+        b.enter(p_.b, b_width, t.first_row, rows, t.n0 / 8, p_), b.settle(true, b_width, t.row_end, p_);
+      for (int step = 0; step < t.steps; ++step, at.advance()) {
+        const uint32_t to = ring_ + at.stage * Shape::stage_bytes, full = full_ + at.stage * 8;
+        wait(empty_ + at.stage * 8, at.parity ^ 1);
+        // The copy engine knows where a tensor ends, not where an expert does: where both operands go over an expert's
+        // rows, the last step is copied by threads.
+        const bool ragged = Product::sums_rows && (step + 1) * BK > rows;
+        if (threadIdx.x == 0) {
+          constexpr int bytes =
+              (a_access.gathered ? 0 : a_bytes) + (b_access.gathered ? 0 : Shape::stage_bytes - a_bytes);
+          arrive_expecting(full, ragged ? 0 : bytes);
+          if (!ragged) load_boxes(t, step, to, full);
+        }
+        if constexpr (Product::sums_rows) {
+          if (ragged) copy_ragged(t, step, to + place);
+        }
+        if constexpr (a_access.gathered) fill(a, to + place, a_width, t, step);
+        if constexpr (b_access.gathered) fill(b, to + a_bytes + place, b_width, t, step);
+        if constexpr (gathers) arrive_after_copies(full);
+      }
+    }
+  }
+
+  __device__ void consume(int consumer) const {
+    constexpr int strips = Shape::rows / 64;
+    const int first_row = Shape::ping_pong ? 0 : consumer * Shape::rows, warp = threadIdx.x % warpgroup / 32;
+    const uint64_t a0 = descriptor(ring_ + first_row * 128), b0 = descriptor(ring_ + a_bytes);
+    TileWalk<Product> walk(starts_);
+    Position<stages> at;
+    int turn = 0;
+    for (WorkTile t; walk.next(t, p_); turn ^= 1) {
+      if (Shape::ping_pong && turn != consumer) {
+        at.advance(t.steps);
+        continue;
+      }
+      // In turn, for another reason too: nobody may wait for a stage two uses ahead.
+      if constexpr (Shape::ping_pong) sync_threads(1 + consumer, 2 * warpgroup);
+      float acc[strips][Shape::BN / 8][4];
+      uint32_t before = at.stage;
+      for (int step = 0; step < t.steps; ++step, at.advance()) {
+        wait(full_ + at.stage * 8, at.parity);
+        if constexpr (gathers) fence_async_proxy();
+        const uint64_t stage = uint64_t(at.stage * (Shape::stage_bytes / 16));
+        fence_products();
+#pragma unroll
+        for (int k = 0; k < BK / 16; ++k)
+#pragma unroll
+          for (int i = 0; i < strips; ++i)
+            multiply<a_access.down, b_access.down>(acc[i],
+                                                   a0 + stage + i * (panel_bytes / 16) + k * step_k<a_access.down>(),
+                                                   b0 + stage + k * step_k<b_access.down>(), step > 0 || k > 0);
+        commit_products();
+        wait_products<1>();
+        if (step > 0) release(before);
+        before = at.stage;
+        if constexpr (Product::has_prefetch)
+          if (step == max(0, t.steps - prefetch_steps))
+            p_.template prefetch<Shape::rows, Shape::BN, warpgroup>(t, t.m0 + first_row, threadIdx.x % warpgroup);
+      }
+      if constexpr (Shape::ping_pong) arrive_threads(2 - consumer, 2 * warpgroup);
+      wait_products<0>();
+      release(before);
+      p_.finish(acc, Place<64>(t, first_row + warp * 16, 0), t);
+    }
+  }
+
+ private:
+  __device__ void load_boxes(const WorkTile& t, int step, uint32_t to, uint32_t full) const {
+    const int k = step * BK;
+    if constexpr (!a_access.gathered) {
+      if constexpr (a_access.down)
+        for (int panel = 0; panel < Shape::BM / 64; ++panel)
+          load_box(to + panel * panel_bytes, &args_.a, t.m0 + panel * 64, t.first_row + k, 0, full);
+      else
+        load_box(to, &args_.a, k, t.first_row, 0, full);
+    }
+    if constexpr (!b_access.gathered) {
+      if constexpr (b_access.down)
+        for (int panel = 0; panel < Shape::BN / 64; ++panel)
+          load_box(to + a_bytes + panel * panel_bytes, &args_.b, t.n0 + panel * 64,
+                   Product::sums_rows ? t.first_row + k : k, Product::sums_rows ? 0 : t.expert, full);
+      else
+        load_box(to + a_bytes, &args_.b, k, t.n0, t.expert, full);
+    }
+  }
+  // The last step of a weight gradient, of the operand that is not gathered.
+  __device__ void copy_ragged(const WorkTile& t, int step, uint32_t to) const {
+    constexpr int extent = a_access.gathered ? Shape::BN : Shape::BM;
+    Window<extent, Access{.down = true, .gathered = false}, warpgroup> window;
+    const int width = (a_access.gathered ? p_.N : p_.M) / 8, row = t.first_row + step * BK;
+    window.enter(a_access.gathered ? p_.b : p_.a, width, row, t.row_end - row, (a_access.gathered ? t.n0 : t.m0) / 8,
+                 p_);
+    if (a_access.gathered) to += a_bytes;
+#pragma unroll 4
+    for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
+  }
+  template <class GatherWindow>
+  __device__ void fill(GatherWindow& window, uint32_t to, int width, const WorkTile& t, int step) const {
+#pragma unroll
+    for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
+    window.advance(width);
+    if (step + 1 < t.steps) window.settle(false, width, t.row_end, p_);
+  }
+  __device__ void release(uint32_t stage) const {
+    if (threadIdx.x % 32 == 0) arrive(empty_ + stage * 8);
+  }
+};
+
+template <class Product>
+__global__ void __launch_bounds__(Product::Shape::threads, 1)
+    grouped_product(const __grid_constant__ Arguments<Product> args) {
+#if HOPPER_CODE
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const Pipeline<Product> pipeline(args, shared);
+  const int role = threadIdx.x / warpgroup;
+  if (role == 0) {
+    give_registers<40>();
+    pipeline.produce();
+  } else {
+    take_registers<232>();
+    if (Product::Shape::ping_pong && role == 2) arrive_threads(1, 2 * warpgroup);  // the first turn
+    pipeline.consume(role - 1);
+  }
+#endif
+}
+
+// The operands of `product` are matrices of s.R rows, or of s.E experts.
+template <class Product>
+void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
+  using Shape = typename Product::Shape;
+  constexpr Access a = Product::a_access, b = Product::b_access;
+  Arguments<Product> args{p, {}, {}};
+  if constexpr (!a.gathered) {
+    const int64_t width = a.down ? p.M : p.depth;
+    args.a = tensor_map(p.a, 1, s.R, width, s.R * width, a.down ? BK : Shape::BM);
+  }
+  if constexpr (!b.gathered) {
+    const int64_t width = b.down ? p.N : p.depth;
+    const int64_t batches = Product::sums_rows ? 1 : s.E, rows = Product::sums_rows ? s.R : b.down ? p.depth : p.N;
+    args.b = tensor_map(p.b, batches, rows, width, rows * width, b.down ? BK : Shape::BN);
+  }
+  launch(dev, grouped_product<Product>, dim3(unsigned(dev.multiprocessors)), dim3(Shape::threads),
+         size_t(Pipeline<Product>::shared), args);
+}
+
+}  // namespace hopper

@@ -1,0 +1,28 @@
+// The expert products by Hopper's kernels (experts_hopper.cuh): which tile each takes. The products themselves are the
+// structs of experts_epilogue.cuh without their tile.
+#pragma once
+#include "llmc/gpu.h"
+#include "moe/experts.h"
+
+namespace grouped {
+struct Operands;
+}
+
+namespace hopper {
+
+// Whether this GPU runs them: sm_90a code is in the program and the GPU is a Hopper; E is at most max_experts.
+bool usable(const GpuBase& dev, const ExpertShape& s);
+
+// Tiles that a product can be computed with: GpuBase::expert_tile forces one of them where it is not negative.
+constexpr int tile_choices = 3;
+extern const char* const tile_names[tile_choices];
+
+void up(GpuBase& dev, const grouped::Operands& o, bf16* h, bf16* a, const ExpertShape& s);
+void down(GpuBase& dev, const grouped::Operands& o, bf16* y, const ExpertShape& s);
+void down_backward(GpuBase& dev, const grouped::Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,
+                   const float* gates, const int32_t* slot_of_row, const ExpertShape& s);
+void down_backward_weight(GpuBase& dev, const grouped::Operands& o, void* gradient, bool wide, const ExpertShape& s);
+void up_backward_input(GpuBase& dev, const grouped::Operands& o, bf16* dx_rows, const ExpertShape& s);
+void up_backward_weight(GpuBase& dev, const grouped::Operands& o, void* gradient, bool wide, const ExpertShape& s);
+
+}  // namespace hopper

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""A GitHub table of one run of scripts/bench_layer.sh: ours beside every peer, with our ratio to the best peer and to the
+products alone (torch-bmm). A ratio is of speeds: above 1, ours is faster. Standard library only."""
+import argparse
+import json
+import sys
+
+ORDER = ["sonicmoe", "liger", "megablocks", "scattermoe", "torch-gather-compiled", "torch-grouped-compiled", "torch-grouped"]
+CEILING = "torch-bmm"
+RATES = ("fwd_tflops", "fwdbwd_tflops")
+
+
+def read(path):
+    rows = []
+    try:
+        with open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    sys.exit(f"layer_table: {path}:{number}: not JSON")
+                if isinstance(row, dict) and row.get("bench") == "moe_layer":
+                    missing = [key for key in ("shape", "impl", "run_id", *RATES) if key not in row]
+                    if missing:
+                        sys.exit(f"layer_table: {path}:{number}: no {missing[0]}")
+                    rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"layer_table: cannot read {path}: {getattr(error, 'strerror', None) or 'not text'}")
+    return rows
+
+
+def speed(row):
+    if not row:
+        return "-"
+    kept = f", {row['saved_MiB']:.0f}" if row.get("saved_MiB") is not None else ""
+    return " / ".join(f"{row[rate]:.0f}" for rate in RATES) + kept
+
+
+def ratios(ours, others):
+    """Ours to the fastest of the others (name -> row), forward / forward+backward; named where there are several."""
+    if not ours or not others:
+        return "-"
+    cells = []
+    for rate in RATES:
+        best = max(others, key=lambda name: others[name][rate])
+        cells.append((f"{ours[rate] / others[best][rate]:.2f}", best))
+    if len(others) == 1 and CEILING in others:
+        return " / ".join(ratio for ratio, _ in cells)
+    if cells[0][1] == cells[1][1]:
+        return f"{cells[0][0]} / {cells[1][0]} ({cells[0][1]})"
+    return " / ".join(f"{ratio} ({name})" for ratio, name in cells)
+
+
+def table(rows):
+    """Rows of one run -> lines. Of several rows of a shape and an implementation the last counts."""
+    shapes = {}
+    for row in rows:
+        shapes.setdefault(row["shape"], {})[row["impl"]] = row
+    found = {impl for by_impl in shapes.values() for impl in by_impl}
+    peers = {impl for impl in found if impl != CEILING and impl != "ours" and not impl.startswith("ours-")}
+    peers = [p for p in ORDER if p in peers] + sorted(peers - set(ORDER))
+
+    gpu = max((str(row.get("gpu", "")) for row in rows), key=len)  # some rows have its short name only
+    date = max(str(row.get("date", "")) for row in rows)
+    lines = [f"{gpu}, {date}, run {rows[0]['run_id']}: TFLOP/s forward / forward+backward, MiB kept between the two", ""]
+    heads = ["shape", "ours", *peers, "ours to the best peer", "products alone", "ours to these"]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for shape, by_impl in shapes.items():
+        ours, ceiling = by_impl.get("ours"), by_impl.get(CEILING)
+        cells = [shape, speed(ours), *(speed(by_impl.get(p)) for p in peers)]
+        cells.append(ratios(ours, {p: by_impl[p] for p in peers if p in by_impl}))
+        cells.append(" / ".join(f"{ceiling[rate]:.0f}" for rate in RATES) if ceiling else "-")
+        cells.append(ratios(ours, {CEILING: ceiling} if ceiling else {}))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints a GitHub table of one run of scripts/bench_layer.sh.")
+    parser.add_argument("results", metavar="RESULTS.jsonl")
+    parser.add_argument("--run-id", help="default: the run of the last MoE layer in the file")
+    o = parser.parse_args()
+    rows = read(o.results)
+    if not rows:
+        sys.exit(f"layer_table: {o.results} has no line of the bench moe_layer")
+    run_id = o.run_id or rows[-1]["run_id"]
+    rows = [row for row in rows if row["run_id"] == run_id]
+    if not rows:
+        sys.exit(f"layer_table: {o.results} has no MoE layer of run {run_id}")
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
