@@ -84,7 +84,7 @@ void experts_down_backward(Device& dev, typename Device::Real* dh, typename Devi
         const auto o = operands(dout, w2, offsets, row_slot, s, 0, s.F, s.C);
         return on_hopper(dev, s)
                    ? hopper::down_backward(dev, o, dh, a_scaled, partial, h, gates, slot_of_row, s)
-                   : portable::run(dev, DownBackward{o, dh, a_scaled, partial, h, gates, slot_of_row, s.R});
+                   : portable::run(dev, DownBackward{o, {dh, a_scaled, partial, h, gates, slot_of_row, s.R}});
       }
     plain::down_backward(dev, dh, a_scaled, partial, dout, w2, h, gates, offsets, row_slot, slot_of_row, s);
   }();

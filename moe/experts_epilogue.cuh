@@ -172,20 +172,39 @@ struct Rows : Operands {
 
 // ---- dA' = dout[token] W2, and all that follows from it ----
 
-// N = F. Every 64 columns of dA' in a row, their part of <dA', A> goes to partial (ceil(F/64), rows).
-//
+// Two neighbouring columns, from dA' and both halves of h: dh, gate * A, and the return value, their part of <dA', A>.
 // A is computed again from h and not read where it was kept: silu(g) is needed for du anyway, so A is one more product.
-template <class Shape_>
-struct DownBackward : Operands {
-  using Shape = Shape_;
-  static constexpr bool sums_rows = false, has_prefetch = true;
-  static constexpr Access a_access{.down = false, .gathered = true}, b_access{.down = true, .gathered = false};
+__device__ __forceinline__ float swiglu_pair_backward(uint32_t& dg, uint32_t& du, uint32_t& scaled, float d0, float d1,
+                                                      uint32_t h_gate, uint32_t h_up, float gate) {
+  const float2 gs = unpack_bf16(h_gate), us = unpack_bf16(h_up);
+  const float d[2] = {d0, d1}, g[2] = {gs.x, gs.y}, u[2] = {us.x, us.y};
+  float silu[2], dg_l[2], du_l[2];
+#pragma unroll
+  for (int l = 0; l < 2; ++l) {
+    const float s = fast_sigmoid(g[l]), da = gate * d[l];
+    silu[l] = g[l] * s;
+    du_l[l] = da * silu[l];
+    dg_l[l] = da * u[l] * (s + silu[l] * (1.0f - s));
+  }
+  const float2 a = unpack_bf16(pack_bf16(silu[0] * u[0], silu[1] * u[1]));  // rounded, as the forward pass used it
+  dg = pack_bf16(dg_l[0], dg_l[1]), du = pack_bf16(du_l[0], du_l[1]), scaled = pack_bf16(gate * a.x, gate * a.y);
+  return d0 * a.x + d1 * a.y;
+}
+
+// N = F. Every 64 columns of dA' in a row, their part of <dA', A> goes to partial (ceil(F/64), rows).
+struct DownBackwardOutputs {
   bf16 *dh, *a_scaled;
   float* partial;
   const bf16* h;
   const float* gates;
   const int32_t* slot_of_row;
   int64_t R;
+};
+template <class Shape_>
+struct DownBackward : Operands, DownBackwardOutputs {
+  using Shape = Shape_;
+  static constexpr bool sums_rows = false, has_prefetch = true;
+  static constexpr Access a_access{.down = false, .gathered = true}, b_access{.down = true, .gathered = false};
 
   using HBlocks = uint32_t[2][2][2][4];  // of 16 rows: [half][group][gate, up][pair of columns]
 
@@ -255,23 +274,8 @@ struct DownBackward : Operands {
     block_of(d[0], d[1], strip, half, group);
     uint32_t dg[4], du[4], scaled[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 gs = unpack_bf16(h_block[0][k]), us = unpack_bf16(h_block[1][k]);
-      const float g[2] = {gs.x, gs.y}, u[2] = {us.x, us.y};
-      float silu[2], dg_k[2], du_k[2];
-#pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        const float s = fast_sigmoid(g[l]), da = gate * d[l][k];
-        silu[l] = g[l] * s;
-        du_k[l] = da * silu[l];
-        dg_k[l] = da * u[l] * (s + silu[l] * (1.0f - s));
-      }
-      const float2 a = unpack_bf16(pack_bf16(silu[0] * u[0], silu[1] * u[1]));  // rounded, as the forward pass used it
-      dgate += d[0][k] * a.x;
-      dgate += d[1][k] * a.y;
-      dg[k] = pack_bf16(dg_k[0], dg_k[1]), du[k] = pack_bf16(du_k[0], du_k[1]);
-      scaled[k] = pack_bf16(gate * a.x, gate * a.y);
-    }
+    for (int k = 0; k < 4; ++k)
+      dgate += swiglu_pair_backward(dg[k], du[k], scaled[k], d[0][k], d[1][k], h_block[0][k], h_block[1][k], gate);
     const int row = place.row_of(i, half), f = place.column_of(group);
     const bool valid = row < row_end;
     if (valid && f < N) store16(a_scaled + int64_t(row) * N + f, scaled);

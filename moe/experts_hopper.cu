@@ -53,7 +53,17 @@ void up(GpuBase& dev, const Operands& o, bf16* h, bf16* a, const ExpertShape& s)
 void down(GpuBase& dev, const Operands& o, bf16* y, const ExpertShape& s) { run_with<Down>(dev, wide, s, o, y); }
 void down_backward(GpuBase& dev, const Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,
                    const float* gates, const int32_t* slot_of_row, const ExpertShape& s) {
-  run_with<DownBackward>(dev, narrow, s, o, dh, a_scaled, partial, h, gates, slot_of_row, s.R);
+  const DownBackwardOutputs out{dh, a_scaled, partial, h, gates, slot_of_row, s.R};
+  int tile = narrow;
+  if (dev.expert_tile >= 0) tile = dev.expert_tile;
+  switch (tile) {
+    case narrow:
+      return run(dev, StagedDownBackward<TileShape<128, 128, Consumers::ping_pong, 4>>{{o, out}}, s);
+    case medium:
+      return run(dev, StagedDownBackward<TileShape<128, 192, Consumers::ping_pong, 2>>{{o, out}}, s);
+    default:
+      return run(dev, DownBackward<Wide>{o, out}, s);
+  }
 }
 void down_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, const ExpertShape& s) {
   run_with<DownWeight>(dev, wide, s, o, gradient, wide_gradient);

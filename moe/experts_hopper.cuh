@@ -18,16 +18,14 @@
 //                nobody multiplies while both finish. For long reductions.
 #pragma once
 #include "moe/experts.h"
-#include "moe/experts_epilogue.cuh"
-#include "moe/hopper.cuh"
+#include "moe/experts_staged.cuh"
 
 namespace hopper {
 
-using namespace grouped;
-
 enum class Consumers { ping_pong, cooperative };
 
-template <int BM_, int BN_, Consumers consumers_>
+// slots: of shared memory for pieces that are finished there (experts_staged.cuh).
+template <int BM_, int BN_, Consumers consumers_, int slots_ = 0>
 struct TileShape {
   static constexpr int BM = BM_, BN = BN_;
   static constexpr Consumers consumers = consumers_;
@@ -35,7 +33,8 @@ struct TileShape {
   static constexpr int rows = ping_pong ? BM : BM / 2;  // of a tile that a consumer multiplies
   static constexpr int stage_bytes = (BM + BN) * BK * 2;
   static constexpr int other_bytes = 3072;  // of shared memory: barriers, and the starts of TileWalk
-  static constexpr int stages = (shared_bytes - other_bytes) / stage_bytes;
+  static constexpr int slots = slots_, slot_bytes = 3 * panel_bytes;
+  static constexpr int stages = (shared_bytes - other_bytes - slots * slot_bytes) / stage_bytes;
   static constexpr int threads = 3 * warpgroup;
   static_assert(rows % 64 == 0 && BN % 64 == 0 && stages >= 3);
 };
@@ -44,7 +43,8 @@ constexpr int max_experts = 512;
 template <class Product>
 struct Arguments {
   Product product;
-  TensorMap a, b;  // of the operands that are not gathered
+  TensorMap a, b;       // of the operands that are not gathered
+  TensorMap staged[3];  // of what is finished in shared memory: h, dh, a_scaled
 };
 
 // Stages are filled and emptied in the same order for ever. Position n of that order is use n / stages of stage
@@ -73,23 +73,27 @@ class Pipeline {
 
   const Arguments<Product>& args_;
   const Product& p_;
-  uint32_t ring_, full_, empty_;
+  uint32_t ring_, slots_, full_, empty_, arrived_;
   const int* starts_;
 
  public:
-  static constexpr int shared = stages * Shape::stage_bytes + Shape::other_bytes;
+  static constexpr int tiles_bytes = stages * Shape::stage_bytes + Shape::slots * Shape::slot_bytes;
+  static constexpr int shared = tiles_bytes + Shape::other_bytes;
 
   __device__ Pipeline(const Arguments<Product>& args, unsigned char* shared)
       : args_(args),
         p_(args.product),
         ring_(shared_address(shared)),
-        full_(ring_ + stages * Shape::stage_bytes),
-        empty_(full_ + stages * 8) {
-    int* starts = reinterpret_cast<int*>(shared + stages * (Shape::stage_bytes + 16));
+        slots_(ring_ + stages * Shape::stage_bytes),
+        full_(ring_ + tiles_bytes),
+        empty_(full_ + stages * 8),
+        arrived_(empty_ + stages * 8) {
+    int* starts = reinterpret_cast<int*>(shared + tiles_bytes + stages * 16 + Shape::slots * 8);
     starts_ = starts;
     if (threadIdx.x == 0) {
       for (int s = 0; s < stages; ++s)
         init_barrier(full_ + s * 8, 1 + filling_threads), init_barrier(empty_ + s * 8, emptying_warps);
+      if constexpr (Shape::slots > 0) Finish<Product>::init(arrived_);
       fence_barriers();
       if (!a_access.gathered) prefetch_map(&args.a);
       if (!b_access.gathered) prefetch_map(&args.b);
@@ -135,49 +139,69 @@ class Pipeline {
   }
 
   __device__ void consume(int consumer) const {
-    constexpr int strips = Shape::rows / 64;
-    const int first_row = Shape::ping_pong ? 0 : consumer * Shape::rows, warp = threadIdx.x % warpgroup / 32;
-    const uint64_t a0 = descriptor(ring_ + first_row * 128), b0 = descriptor(ring_ + a_bytes);
     TileWalk<Product> walk(starts_);
     Position<stages> at;
-    int turn = 0;
-    for (WorkTile t; walk.next(t, p_); turn ^= 1) {
-      if (Shape::ping_pong && turn != consumer) {
-        at.advance(t.steps);
-        continue;
+    WorkTile t, next;
+    if constexpr (Shape::slots > 0) {
+      Finish<Product> finish(p_, args_.staged, slots_, arrived_, consumer);
+      bool more = walk.next(t, p_);
+      if (more && consumer == 0) finish.first_pieces(t);
+      if (more && consumer == 1) at.advance(t.steps), finish.skip_tile(), more = walk.next(t, p_);
+      while (more) {
+        const bool has_next = walk.next(next, p_);
+        finish.begin(t);
+        float acc[Shape::rows / 64][Shape::BN / 8][4];
+        multiply_tile(acc, t, at, consumer);
+        finish(acc, t, next, has_next);
+        if (!has_next) break;
+        at.advance(next.steps), finish.skip_tile(), more = walk.next(t, p_);
       }
-      // In turn, for another reason too: nobody may wait for a stage two uses ahead.
-      if constexpr (Shape::ping_pong) sync_threads(1 + consumer, 2 * warpgroup);
-      float acc[strips][Shape::BN / 8][4];
-      uint32_t before = at.stage;
-      for (int step = 0; step < t.steps; ++step, at.advance()) {
-        wait(full_ + at.stage * 8, at.parity);
-        if constexpr (gathers) fence_async_proxy();
-        const uint64_t stage = uint64_t(at.stage * (Shape::stage_bytes / 16));
-        fence_products();
-#pragma unroll
-        for (int k = 0; k < BK / 16; ++k)
-#pragma unroll
-          for (int i = 0; i < strips; ++i)
-            multiply<a_access.down, b_access.down>(acc[i],
-                                                   a0 + stage + i * (panel_bytes / 16) + k * step_k<a_access.down>(),
-                                                   b0 + stage + k * step_k<b_access.down>(), step > 0 || k > 0);
-        commit_products();
-        wait_products<1>();
-        if (step > 0) release(before);
-        before = at.stage;
-        if constexpr (Product::has_prefetch)
-          if (step == max(0, t.steps - prefetch_steps))
-            p_.template prefetch<Shape::rows, Shape::BN, warpgroup>(t, t.m0 + first_row, threadIdx.x % warpgroup);
+    } else {
+      const int first_row = Shape::ping_pong ? 0 : consumer * Shape::rows, warp = threadIdx.x % warpgroup / 32;
+      for (int turn = 0; walk.next(t, p_); turn ^= 1) {
+        if (Shape::ping_pong && turn != consumer) {
+          at.advance(t.steps);
+          continue;
+        }
+        float acc[Shape::rows / 64][Shape::BN / 8][4];
+        multiply_tile(acc, t, at, consumer);
+        p_.finish(acc, Place<64>(t, first_row + warp * 16, 0), t);
       }
-      if constexpr (Shape::ping_pong) arrive_threads(2 - consumer, 2 * warpgroup);
-      wait_products<0>();
-      release(before);
-      p_.finish(acc, Place<64>(t, first_row + warp * 16, 0), t);
     }
   }
 
  private:
+  __device__ __forceinline__ void multiply_tile(float (&acc)[Shape::rows / 64][Shape::BN / 8][4], const WorkTile& t,
+                                                Position<stages>& at, int consumer) const {
+    const int first_row = Shape::ping_pong ? 0 : consumer * Shape::rows;
+    const uint64_t a0 = descriptor(ring_ + first_row * 128), b0 = descriptor(ring_ + a_bytes);
+    // In turn, for another reason too: nobody may wait for a stage two uses ahead.
+    if constexpr (Shape::ping_pong) sync_threads(1 + consumer, 2 * warpgroup);
+    uint32_t before = at.stage;
+    for (int step = 0; step < t.steps; ++step, at.advance()) {
+      wait(full_ + at.stage * 8, at.parity);
+      if constexpr (gathers) fence_async_proxy();
+      const uint64_t stage = uint64_t(at.stage * (Shape::stage_bytes / 16));
+      fence_products();
+#pragma unroll
+      for (int k = 0; k < BK / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < Shape::rows / 64; ++i)
+          multiply<a_access.down, b_access.down>(acc[i],
+                                                 a0 + stage + i * (panel_bytes / 16) + k * step_k<a_access.down>(),
+                                                 b0 + stage + k * step_k<b_access.down>(), step > 0 || k > 0);
+      commit_products();
+      wait_products<1>();
+      if (step > 0) release(before);
+      before = at.stage;
+      if constexpr (Product::has_prefetch)
+        if (step == max(0, t.steps - prefetch_steps))
+          p_.template prefetch<Shape::rows, Shape::BN, warpgroup>(t, t.m0 + first_row, threadIdx.x % warpgroup);
+    }
+    if constexpr (Shape::ping_pong) arrive_threads(2 - consumer, 2 * warpgroup);
+    wait_products<0>();
+    release(before);
+  }
   __device__ void load_boxes(const WorkTile& t, int step, uint32_t to, uint32_t full) const {
     const int k = step * BK;
     if constexpr (!a_access.gathered) {
@@ -231,7 +255,10 @@ __global__ void __launch_bounds__(Product::Shape::threads, 1)
     pipeline.produce();
   } else {
     take_registers<232>();
-    if (Product::Shape::ping_pong && role == 2) arrive_threads(1, 2 * warpgroup);  // the first turn
+    if (Product::Shape::ping_pong && role == 2) {  // the first turns
+      arrive_threads(1, 2 * warpgroup);
+      if (Product::Shape::slots > 0) arrive_threads(3, 2 * warpgroup);
+    }
     pipeline.consume(role - 1);
   }
 #endif
@@ -242,7 +269,7 @@ template <class Product>
 void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
   using Shape = typename Product::Shape;
   constexpr Access a = Product::a_access, b = Product::b_access;
-  Arguments<Product> args{p, {}, {}};
+  Arguments<Product> args{p, {}, {}, {}};
   if constexpr (!a.gathered) {
     const int64_t width = a.down ? p.M : p.depth;
     args.a = tensor_map(p.a, 1, s.R, width, s.R * width, a.down ? BK : Shape::BM);
@@ -251,6 +278,11 @@ void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
     const int64_t width = b.down ? p.N : p.depth;
     const int64_t batches = Product::sums_rows ? 1 : s.E, rows = Product::sums_rows ? s.R : b.down ? p.depth : p.N;
     args.b = tensor_map(p.b, batches, rows, width, rows * width, b.down ? BK : Shape::BN);
+  }
+  if constexpr (Shape::slots > 0) {
+    args.staged[0] = tensor_map(p.h, 1, s.R, 2 * s.F, 2 * s.R * s.F, 64);
+    args.staged[1] = tensor_map(p.dh, 1, s.R, 2 * s.F, 2 * s.R * s.F, 64);
+    args.staged[2] = tensor_map(p.a_scaled, 1, s.R, s.F, s.R * s.F, 64);
   }
   launch(dev, grouped_product<Product>, dim3(unsigned(dev.multiprocessors)), dim3(Shape::threads),
          size_t(Pipeline<Product>::shared), args);
