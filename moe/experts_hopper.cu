@@ -6,10 +6,12 @@ namespace hopper {
 
 namespace {
 
-using Narrow = TileShape<128, 128, Consumers::ping_pong>;
-using Medium = TileShape<128, 192, Consumers::ping_pong>;
-using Wide = TileShape<128, 256, Consumers::cooperative>;
-enum Choice { narrow, medium, wide };
+using Narrow = TileShape<128, 128, Consumers::ping_pong, 2>;
+using Medium = TileShape<128, 192, Consumers::ping_pong, 2>;
+using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
+using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
+using Alone = TileShape<128, 256, Consumers::cooperative, 1>;
+enum Choice { narrow, medium, wide, tall, alone };
 
 template <template <class> class Product, class... Outputs>
 void run_with(GpuBase& dev, int tile, const ExpertShape& s, const Operands& o, Outputs... outputs) {
@@ -19,6 +21,10 @@ void run_with(GpuBase& dev, int tile, const ExpertShape& s, const Operands& o, O
       return run(dev, Product<Narrow>{o, outputs...}, s);
     case medium:
       return run(dev, Product<Medium>{o, outputs...}, s);
+    case tall:
+      return run(dev, Product<Tall>{o, outputs...}, s);
+    case alone:
+      return run(dev, Product<Alone>{o, outputs...}, s);
     default:
       return run(dev, Product<Wide>{o, outputs...}, s);
   }
@@ -35,7 +41,8 @@ using UpWeight = WeightGradient<Shape, false>;
 
 }  // namespace
 
-const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping-pong", "128x256 cooperative"};
+const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping-pong", "128x256 cooperative",
+                                              "256x128 cooperative", "128x256 alone"};
 
 bool usable(const GpuBase& dev, const ExpertShape& s) {
   if (dev.capability != 90 || s.E > max_experts) return false;
@@ -58,9 +65,9 @@ void down_backward(GpuBase& dev, const Operands& o, bf16* dh, bf16* a_scaled, fl
   if (dev.expert_tile >= 0) tile = dev.expert_tile;
   switch (tile) {
     case narrow:
-      return run(dev, StagedDownBackward<TileShape<128, 128, Consumers::ping_pong, 4>>{{o, out}}, s);
+      return run(dev, StagedDownBackward<TileShape<128, 128, Consumers::ping_pong, 2, 4>>{{o, out}}, s);
     case medium:
-      return run(dev, StagedDownBackward<TileShape<128, 192, Consumers::ping_pong, 2>>{{o, out}}, s);
+      return run(dev, StagedDownBackward<TileShape<128, 192, Consumers::ping_pong, 2, 2>>{{o, out}}, s);
     default:
       return run(dev, DownBackward<Wide>{o, out}, s);
   }

@@ -16,6 +16,11 @@
 //   ping-pong    each consumer has tiles of its own, in turn: one multiplies while the other finishes
 //   cooperative  each consumer has half the rows of every tile: larger tiles, which read less per multiplication, but
 //                nobody multiplies while both finish. For long reductions.
+//
+// What limits a pipeline like this is how fast the L2 cache feeds the multiprocessors: about 41 bytes a cycle each, while
+// the tensor cores use up 48 at 128 x 256 and 64 at 128 x 128. Two blocks in a cluster therefore take neighbouring
+// tiles and read the operand that these share, which is not the gathered one, only once: each asks the copy engine for
+// half of it, to be delivered to both. A stage is empty when the consumers of both blocks say so.
 #pragma once
 #include "moe/experts.h"
 #include "moe/experts_staged.cuh"
@@ -25,9 +30,9 @@ namespace hopper {
 enum class Consumers { ping_pong, cooperative };
 
 // slots: of shared memory for pieces that are finished there (experts_staged.cuh).
-template <int BM_, int BN_, Consumers consumers_, int slots_ = 0>
+template <int BM_, int BN_, Consumers consumers_, int cluster_, int slots_ = 0>
 struct TileShape {
-  static constexpr int BM = BM_, BN = BN_;
+  static constexpr int BM = BM_, BN = BN_, cluster = cluster_;
   static constexpr Consumers consumers = consumers_;
   static constexpr bool ping_pong = consumers == Consumers::ping_pong;
   static constexpr int rows = ping_pong ? BM : BM / 2;  // of a tile that a consumer multiplies
@@ -69,7 +74,9 @@ class Pipeline {
   static constexpr bool gathers = a_access.gathered || b_access.gathered;
   static constexpr int a_bytes = Shape::BM * BK * 2;
   static constexpr int filling_threads = gathers ? warpgroup : 0;  // that arrive when their copies have landed
-  static constexpr int emptying_warps = Shape::ping_pong ? 4 : 8;
+  static constexpr int cluster = Shape::cluster;
+  static constexpr int emptying_warps = (Shape::ping_pong ? 4 : 8) * cluster;
+  static constexpr bool share_b = !b_access.gathered;
 
   const Arguments<Product>& args_;
   const Product& p_;
@@ -99,6 +106,7 @@ class Pipeline {
       if (!b_access.gathered) prefetch_map(&args.b);
     }
     TileWalk<Product>::count(starts, p_);  // and a barrier
+    if constexpr (cluster > 1) sync_cluster();
   }
 
   __device__ void produce() const {
@@ -202,22 +210,42 @@ class Pipeline {
     wait_products<0>();
     release(before);
   }
+  // Windows that the copy engine brings. Of the shared operand each block of a cluster asks for its part, half of the
+  // rows that lie in shared memory, for all blocks.
   __device__ void load_boxes(const WorkTile& t, int step, uint32_t to, uint32_t full) const {
     const int k = step * BK;
     if constexpr (!a_access.gathered) {
       if constexpr (a_access.down)
-        for (int panel = 0; panel < Shape::BM / 64; ++panel)
-          load_box(to + panel * panel_bytes, &args_.a, t.m0 + panel * 64, t.first_row + k, 0, full);
+        load_panels<Shape::BM, !share_b>(to, &args_.a, t.m0, t.first_row + k, 0, full);
       else
-        load_box(to, &args_.a, k, t.first_row, 0, full);
+        load_rows<Shape::BM, !share_b>(to, &args_.a, k, t.first_row, 0, full);
     }
     if constexpr (!b_access.gathered) {
-      if constexpr (b_access.down)
-        for (int panel = 0; panel < Shape::BN / 64; ++panel)
-          load_box(to + a_bytes + panel * panel_bytes, &args_.b, t.n0 + panel * 64,
-                   Product::sums_rows ? t.first_row + k : k, Product::sums_rows ? 0 : t.expert, full);
+      if constexpr (Product::sums_rows)
+        load_panels<Shape::BN, share_b>(to + a_bytes, &args_.b, t.n0, t.first_row + k, 0, full);
+      else if constexpr (b_access.down)
+        load_panels<Shape::BN, share_b>(to + a_bytes, &args_.b, t.n0, k, t.expert, full);
       else
-        load_box(to + a_bytes, &args_.b, k, t.n0, t.expert, full);
+        load_rows<Shape::BN, share_b>(to + a_bytes, &args_.b, k, t.n0, t.expert, full);
+    }
+  }
+  template <int extent, bool shared_operand>
+  __device__ void load_rows(uint32_t to, const TensorMap* map, int column, int row, int batch, uint32_t full) const {
+    load_part<extent, shared_operand>(to, map, column, row, batch, full);
+  }
+  template <int extent, bool shared_operand>
+  __device__ void load_panels(uint32_t to, const TensorMap* map, int column, int row, int batch, uint32_t full) const {
+#pragma unroll 1
+    for (int panel = 0; panel < extent / 64; ++panel)
+      load_part<BK, shared_operand>(to + panel * panel_bytes, map, column + panel * 64, row, batch, full);
+  }
+  template <int rows, bool shared_operand>
+  __device__ void load_part(uint32_t to, const TensorMap* map, int column, int row, int batch, uint32_t full) const {
+    if constexpr (shared_operand && cluster > 1) {
+      const int part = cluster_rank() * (rows / cluster);
+      load_box_multicast(to + part * 128, map, column, row + part, batch, full, (1 << cluster) - 1);
+    } else {
+      load_box(to, map, column, row, batch, full);
     }
   }
   // The last step of a weight gradient, of the operand that is not gathered.
@@ -239,12 +267,16 @@ class Pipeline {
     if (step + 1 < t.steps) window.settle(false, width, t.row_end, p_);
   }
   __device__ void release(uint32_t stage) const {
-    if (threadIdx.x % 32 == 0) arrive(empty_ + stage * 8);
+    if constexpr (cluster > 1) {
+      if (threadIdx.x % 32 < cluster) arrive_at(empty_ + stage * 8, threadIdx.x % 32);
+    } else {
+      if (threadIdx.x % 32 == 0) arrive(empty_ + stage * 8);
+    }
   }
 };
 
 template <class Product>
-__global__ void __launch_bounds__(Product::Shape::threads, 1)
+__global__ void __cluster_dims__(Product::Shape::cluster, 1, 1) __launch_bounds__(Product::Shape::threads, 1)
     grouped_product(const __grid_constant__ Arguments<Product> args) {
 #if HOPPER_CODE
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -261,6 +293,7 @@ __global__ void __launch_bounds__(Product::Shape::threads, 1)
     }
     pipeline.consume(role - 1);
   }
+  if constexpr (Product::Shape::cluster > 1) sync_cluster();  // the other block may still arrive at our barriers
 #endif
 }
 
@@ -272,20 +305,20 @@ void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
   Arguments<Product> args{p, {}, {}, {}};
   if constexpr (!a.gathered) {
     const int64_t width = a.down ? p.M : p.depth;
-    args.a = tensor_map(p.a, 1, s.R, width, s.R * width, a.down ? BK : Shape::BM);
+    args.a = tensor_map(p.a, 1, s.R, width, s.R * width, (a.down ? BK : Shape::BM) / (b.gathered ? Shape::cluster : 1));
   }
   if constexpr (!b.gathered) {
     const int64_t width = b.down ? p.N : p.depth;
     const int64_t batches = Product::sums_rows ? 1 : s.E, rows = Product::sums_rows ? s.R : b.down ? p.depth : p.N;
-    args.b = tensor_map(p.b, batches, rows, width, rows * width, b.down ? BK : Shape::BN);
+    args.b = tensor_map(p.b, batches, rows, width, rows * width, (b.down ? BK : Shape::BN) / Shape::cluster);
   }
   if constexpr (Shape::slots > 0) {
     args.staged[0] = tensor_map(p.h, 1, s.R, 2 * s.F, 2 * s.R * s.F, 64);
     args.staged[1] = tensor_map(p.dh, 1, s.R, 2 * s.F, 2 * s.R * s.F, 64);
     args.staged[2] = tensor_map(p.a_scaled, 1, s.R, s.F, s.R * s.F, 64);
   }
-  launch(dev, grouped_product<Product>, dim3(unsigned(dev.multiprocessors)), dim3(Shape::threads),
-         size_t(Pipeline<Product>::shared), args);
+  launch(dev, grouped_product<Product>, dim3(unsigned(dev.multiprocessors / Shape::cluster * Shape::cluster)),
+         dim3(Shape::threads), size_t(Pipeline<Product>::shared), args);
 }
 
 }  // namespace hopper

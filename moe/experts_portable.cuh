@@ -26,7 +26,7 @@ constexpr int WN = 64;
 // A tile of BM x BN, finished by warps of 64 x 64 each; `blocks` of them share a multiprocessor.
 template <int BM_, int BN_, int blocks_>
 struct TileShape {
-  static constexpr int BM = BM_, BN = BN_, blocks = blocks_;
+  static constexpr int BM = BM_, BN = BN_, blocks = blocks_, cluster = 1;
   static constexpr int warps_n = BN / WN, threads = (BM / WM) * warps_n * 32;
   static constexpr int stage_bytes = (BM + BN) * BK * 2;
 };

@@ -31,6 +31,7 @@ class Finish {
   using Shape = typename Product::Shape;
   static constexpr int strips = Shape::rows / 64, pieces = strips * (Shape::BN / 64), slots = Shape::slots;
   static constexpr int h_bytes = 2 * panel_bytes, slot_bytes = h_bytes + panel_bytes;
+  static constexpr int batch = Shape::BN > 128 ? 2 : 4;  // of 8 columns worked on at a time: independent chains
   static_assert(slots <= pieces && slot_bytes == Shape::slot_bytes);
 
   const Product& p_;
@@ -82,20 +83,30 @@ class Finish {
       const uint32_t slot = slots_at_ + slot_ * slot_bytes;
       wait(arrived_ + slot_ * 8, parity_);
       float dgate[2] = {0, 0};
+      uint32_t h[2][batch][4];  // of 8 columns: gate of rows g and g + 8, up of both
+      auto at = [&](int j) { return slot + j / 4 * panel_bytes + (place ^ (j % 4 << 5)); };
+      auto load_batch = [&](int first) {
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        uint32_t scaled[4];
+        for (int l = 0; l < batch; ++l) load_matrices<false>(h[first / batch % 2][l], at(first + l));
+      };
+      load_batch(0);
 #pragma unroll
-        for (int l = 0; l < 2; ++l) {  // h: gate of rows g and g + 8, up of both
+      for (int j = 0; j < 8; j += batch) {
+        if (j + batch < 8) load_batch(j + batch);  // before the stores of this one, which it would have to wait for
+        uint32_t dh[batch][4], scaled[batch][2];
+#pragma unroll
+        for (int l = 0; l < batch; ++l) {
           const auto& d = acc[i][part * 8 + j + l];
-          const uint32_t at = slot + (j + l) / 4 * panel_bytes + (place ^ ((j + l) % 4 << 5));
-          uint32_t h[4], dh[4];
-          load_matrices<false>(h, at);
-          dgate[0] += swiglu_pair_backward(dh[0], dh[2], scaled[l * 2], d[0], d[1], h[0], h[2], gate_[i][0]);
-          dgate[1] += swiglu_pair_backward(dh[1], dh[3], scaled[l * 2 + 1], d[2], d[3], h[1], h[3], gate_[i][1]);
-          store_matrices(at, dh);
+          const auto& hl = h[j / batch % 2][l];
+          dgate[0] += swiglu_pair_backward(dh[l][0], dh[l][2], scaled[l][0], d[0], d[1], hl[0], hl[2], gate_[i][0]);
+          dgate[1] += swiglu_pair_backward(dh[l][1], dh[l][3], scaled[l][1], d[2], d[3], hl[1], hl[3], gate_[i][1]);
         }
-        store_matrices(slot + h_bytes + (place ^ (j << 4)), scaled);
+#pragma unroll
+        for (int l = 0; l < batch; ++l) store_matrices(at(j + l), dh[l]);
+#pragma unroll
+        for (int l = 0; l < batch; l += 2)
+          store_matrices(slot + h_bytes + (place ^ ((j + l) << 4)),
+                         {scaled[l][0], scaled[l][1], scaled[l + 1][0], scaled[l + 1][1]});
       }
       fence_async_proxy();
       const int column = t.n0 + part * group_columns, first = t.m0 + i * 64;

@@ -54,12 +54,19 @@ struct WorkTile {
   int steps;
 };
 
-// The tiles of one block, in order. `starts` (E+1) in shared memory: number of tiles before those of each expert.
+// The tiles of one block, in order. `starts` (E+1) in shared memory: number of units before those of each expert.
+//
+// A unit is a tile, or, for a cluster of blocks, a tile for each of them: neighbours that read the same tile of one
+// operand, the one that is not gathered. Where an expert ends within a unit some of its tiles lie beyond: all their rows
+// or columns are outside.
 template <class Product>
 class TileWalk {
   using Shape = typename Product::Shape;
+  static constexpr int cluster = Shape::cluster;
+  static constexpr bool share_b = !Product::b_access.gathered;
+  static constexpr int UM = Shape::BM * (share_b ? cluster : 1), UN = Shape::BN * (share_b ? 1 : cluster);
   const int* starts_;
-  int tile_ = blockIdx.x, expert_ = 0;
+  int unit_ = blockIdx.x / cluster, expert_ = 0;
 
  public:
   // Fills starts: one warp scans the experts, 32 at a time.
@@ -69,9 +76,8 @@ class TileWalk {
       if (lane == 0) starts[0] = 0;
       for (int e0 = 0; e0 < p.E; e0 += 32) {
         int e = e0 + lane, rows = e < p.E ? p.offsets[e + 1] - p.offsets[e] : 0;
-        int tiles_m =
-            Product::sums_rows ? (rows > 0 ? int(ceil_div(p.M, Shape::BM)) : 0) : (rows + Shape::BM - 1) / Shape::BM;
-        int sum = tiles_m * int(ceil_div(p.N, Shape::BN));
+        int tiles_m = Product::sums_rows ? (rows > 0 ? int(ceil_div(p.M, UM)) : 0) : (rows + UM - 1) / UM;
+        int sum = tiles_m * int(ceil_div(p.N, UN));
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
           int other = __shfl_up_sync(~0u, sum, step);
@@ -86,17 +92,19 @@ class TileWalk {
 
   __device__ explicit TileWalk(const int* starts) : starts_(starts) {}
 
-  // The next tile; false after the last. Tiles of an expert are ordered so that those in flight at a time form a patch
+  // The next tile; false after the last. Units of an expert are ordered so that those in flight at a time form a patch
   // of about equally many rows and columns, which reads the least: m_group row tiles by as many columns as it takes.
   __device__ bool next(WorkTile& t, const Operands& p) {
-    if (tile_ >= starts_[p.E]) return false;
-    while (tile_ >= starts_[expert_ + 1]) ++expert_;
+    if (unit_ >= starts_[p.E]) return false;
+    while (unit_ >= starts_[expert_ + 1]) ++expert_;
+    constexpr int most = m_group * Shape::BM / UM;
     int begin = __ldg(p.offsets + expert_), end = __ldg(p.offsets + expert_ + 1);
-    int local = tile_ - starts_[expert_], tiles_n = (p.N + Shape::BN - 1) / Shape::BN;
-    int tiles_m = ((Product::sums_rows ? p.M : end - begin) + Shape::BM - 1) / Shape::BM;
-    int first_m = local / (m_group * tiles_n) * m_group, group = min(m_group, tiles_m - first_m);
-    local -= first_m * tiles_n;
-    t.expert = expert_, t.n0 = local / group * Shape::BN, t.m0 = (first_m + local % group) * Shape::BM;
+    int local = unit_ - starts_[expert_], units_n = (p.N + UN - 1) / UN;
+    int units_m = ((Product::sums_rows ? p.M : end - begin) + UM - 1) / UM;
+    int first_m = local / (most * units_n) * most, group = min(most, units_m - first_m);
+    local -= first_m * units_n;
+    t.expert = expert_, t.n0 = local / group * UN, t.m0 = (first_m + local % group) * UM;
+    if constexpr (cluster > 1) (share_b ? t.m0 : t.n0) += blockIdx.x % cluster * (share_b ? Shape::BM : Shape::BN);
     t.first_row = begin, t.row_end = end;
     if constexpr (Product::sums_rows) {
       t.steps = (end - begin + BK - 1) / BK;
@@ -104,7 +112,7 @@ class TileWalk {
       t.first_row = t.m0 += begin;
       t.steps = (p.depth + BK - 1) / BK;
     }
-    tile_ += gridDim.x;
+    unit_ += gridDim.x / cluster;
     return true;
   }
 };

@@ -50,12 +50,14 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// mapa + mbarrier.arrive.shared::cluster: arrives at the same barrier of another block of the cluster.
+// mapa + mbarrier.arrive.shared::cluster: arrives at the same barrier of block `block` of the cluster. For saying "I have
+// read it": what was written is released to this block alone. (.release.cluster would wait for all stores on their way,
+// those to global memory too: a grouped product took one and a half times as long.)
 __device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t block) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
       "r"(block)
       : "memory");
 }
@@ -86,9 +88,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-// barrier.cluster: all threads of all blocks of the cluster.
+// barrier.cluster: all threads of all blocks of the cluster, not necessarily warp by warp. A block must not end before
+// the others are done with its shared memory and barriers.
 __device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // ---- TMA ----

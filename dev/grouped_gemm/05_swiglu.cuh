@@ -1,0 +1,162 @@
+// Rung 5: the activation is computed while h is still in registers. The rows of W13 are interleaved, 8 of the gate and
+// 8 of up in turn, so that the columns of h come in blocks of 8 of either kind; and as wgmma leaves a tile, a thread
+// holds the same two columns of every block of 8. So every thread has gate and up of the same columns, and no value
+// changes hands. h is rounded to bf16 first and a computed from the rounded value: that is what the backward pass will
+// see.
+//
+// Predicted: the activation's pass is gone: 4 R F bytes less to read, a launch less. For fine-128x8 0.1 ms of about
+// 0.7. What is added happens between two tiles of a block, when no multiplication runs on its multiprocessor: an
+// exponential and a division for each of 128 x 128 elements, and half as many stores again.
+//
+// Sizes: C a multiple of 64, 2F of 256.
+#pragma once
+#include "dev/experts/buffers.h"
+#include "moe/hopper.cuh"
+
+namespace fused {
+
+using namespace hopper;
+
+constexpr int BM = 128, BN = 256, BK = 64, stages = 4, threads = 3 * warpgroup;
+constexpr int a_bytes = BM * BK * 2, stage_bytes = a_bytes + BN * BK * 2;
+constexpr int copies = BM * 8 / warpgroup;  // of 16 bytes, of a producer thread, a step
+constexpr uint32_t outside = ~0u;
+constexpr int shared_size = stages * (stage_bytes + 16);
+
+struct Position {
+  uint32_t stage = 0, parity = 0;
+  __device__ void advance() {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+// Tile t of all: experts in order, each cut into tiles of its own. Whole warps call it.
+struct Tile {
+  int expert = -1, m0 = 0, n0 = 0, row_end = 0;  // expert < 0: there are not so many
+
+  // A warp looks at 32 experts at a time: how many row tiles they and all before them have, and the first that reaches
+  // t.
+  __device__ Tile(int t, const int32_t* offsets, int E, int tiles_n) {
+    const int lane = threadIdx.x % 32;
+    for (int e0 = 0, before = 0; e0 < E; e0 += 32) {
+      const int e = min(e0 + lane, E - 1), begin = offsets[e], end = e0 + lane < E ? offsets[e + 1] : begin;
+      const int tiles_m = (end - begin + BM - 1) / BM;
+      int upto = tiles_m;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, upto, step);
+        if (lane >= step) upto += other;
+      }
+      upto += before;
+      const uint32_t reached = __ballot_sync(~0u, upto > t / tiles_n);
+      before = __shfl_sync(~0u, upto, 31);
+      if (!reached) continue;
+      const int found = __ffs(int(reached)) - 1, mine = __shfl_sync(~0u, tiles_m, found);
+      const int local = t - (__shfl_sync(~0u, upto, found) - mine) * tiles_n;
+      expert = e0 + found, row_end = __shfl_sync(~0u, end, found);
+      m0 = __shfl_sync(~0u, begin, found) + local % mine * BM, n0 = local / mine * BN;
+      return;
+    }
+  }
+};
+
+// h and a of all rows. x (tokens,C), w (E,N,C), h (R,N), a (R,F); N = 2F.
+__global__ void __launch_bounds__(threads, 1)
+    up_product(const bf16* x, const __grid_constant__ TensorMap w, bf16* h, bf16* a, const int32_t* offsets,
+               const int32_t* row_slot, int slots, int E, int N, int C) {
+#if HOPPER_CODE
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t ring = shared_address(shared), full = ring + stages * stage_bytes, empty = full + stages * 8;
+  const Tile tile(blockIdx.x, offsets, E, N / BN);
+  if (tile.expert < 0) return;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < stages; ++s) init_barrier(full + s * 8, 1 + warpgroup), init_barrier(empty + s * 8, 8);
+    fence_barriers();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < warpgroup) {
+    give_registers<40>();
+    // This thread copies chunk threadIdx.x % 8 of every 16th row. Where the rows are is found once a tile.
+    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const uint32_t place = row * 128 + ((chunk ^ (row & 7)) << 4);
+    uint32_t from[copies];  // in chunks of 8 elements; `outside` beyond the expert's rows
+#pragma unroll
+    for (int i = 0; i < copies; ++i) {
+      const int r = tile.m0 + row + i * 16;
+      from[i] = r < tile.row_end ? uint32_t(row_slot[r] / slots) * (C / 8) + chunk : outside;
+    }
+    Position at;
+    for (int k = 0; k < C; k += BK, at.advance()) {
+      const uint32_t to = ring + at.stage * stage_bytes, arrived = full + at.stage * 8;
+      wait(empty + at.stage * 8, at.parity ^ 1);
+      if (threadIdx.x == 0) {
+        arrive_expecting(arrived, stage_bytes - a_bytes);
+        load_box(to + a_bytes, &w, k, tile.n0, tile.expert, arrived);
+      }
+#pragma unroll
+      for (int i = 0; i < copies; ++i) {
+        const bool inside = from[i] != outside;
+        copy_async(to + place + i * 16 * 128, x + (inside ? int64_t(from[i]) * 8 + k : 0), inside);
+      }
+      arrive_after_copies(arrived);
+    }
+    wait_copies();  // nobody leaves before the copies are done
+  } else {
+    take_registers<232>();
+    const int first_row = (threadIdx.x / warpgroup - 1) * 64, warp = threadIdx.x % warpgroup / 32;
+    const int lane = threadIdx.x % 32;
+    const uint64_t a0 = descriptor(ring + first_row * 128), b0 = descriptor(ring + a_bytes);
+    auto release = [&](uint32_t stage) {
+      if (lane == 0) arrive(empty + stage * 8);
+    };
+    float acc[BN / 8][4];
+    Position at;
+    uint32_t before = 0;
+    for (int step = 0; step < C / BK; ++step, at.advance()) {
+      wait(full + at.stage * 8, at.parity);
+      fence_async_proxy();  // cp.async wrote as threads do; wgmma reads as the copy engine does
+      const uint64_t stage = at.stage * (stage_bytes / 16);
+      fence_products();
+#pragma unroll
+      for (int k = 0; k < BK / 16; ++k)
+        multiply<false, false>(acc, a0 + stage + k * step_k<false>(), b0 + stage + k * step_k<false>(),
+                               step > 0 || k > 0);
+      commit_products();
+      wait_products<1>();
+      if (step > 0) release(before);
+      before = at.stage;
+    }
+    wait_products<0>();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.m0 + first_row + warp * 16 + half * 8 + lane / 4;
+      if (row >= tile.row_end) continue;
+      bf16* to = h + int64_t(row) * N + tile.n0 + lane % 4 * 2;
+      bf16* to_a = a + int64_t(row) * (N / 2) + tile.n0 / 2 + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < BN / 16; ++j) {
+        const auto &gate = acc[j * 2], &up = acc[j * 2 + 1];
+        const uint32_t g = pack_bf16(gate[half * 2], gate[half * 2 + 1]), u = pack_bf16(up[half * 2], up[half * 2 + 1]);
+        const float2 gs = unpack_bf16(g), us = unpack_bf16(u);  // of the rounded h: the backward pass has no other
+        *reinterpret_cast<uint32_t*>(to + j * 16) = g;
+        *reinterpret_cast<uint32_t*>(to + j * 16 + 8) = u;
+        *reinterpret_cast<uint32_t*>(to_a + j * 8) =
+            pack_bf16(gs.x * sigmoid_of(gs.x) * us.x, gs.y * sigmoid_of(gs.y) * us.y);
+      }
+    }
+  }
+#endif
+}
+
+inline void up(Gpu<bf16>& dev, const ExpertBuffers& b) {
+  const ExpertShape& s = b.s;
+  const int N = int(2 * s.F), C = int(s.C);
+  if (C % BK || N % BN) fail("grouped_gemm 05_swiglu: C must be a multiple of 64 and 2F of 256, not ", C, " and ", N);
+  const TensorMap w = tensor_map(b.w13, s.E, N, C, int64_t(N) * C, BN);
+  const int64_t most_row_tiles = s.R / BM + s.E;  // each expert's last may be all but empty
+  launch(dev, up_product, dim3(unsigned(most_row_tiles * (N / BN))), dim3(threads), shared_size, b.x, w, b.h, b.a,
+         b.offsets, b.row_slot, int(s.K), int(s.E), N, C);
+}
+
+}  // namespace fused
