@@ -95,6 +95,12 @@ __device__ __forceinline__ float fast_sigmoid(float x) {
 
 // ---- h = x[token] W13^T, a = swiglu(h) ----
 
+// Two neighbouring columns of a, from those of the gate and the up half of h.
+__device__ __forceinline__ uint32_t swiglu_pair(uint32_t h_gate, uint32_t h_up) {
+  const float2 g = unpack_bf16(h_gate), u = unpack_bf16(h_up);
+  return pack_bf16(g.x * fast_sigmoid(g.x) * u.x, g.y * fast_sigmoid(g.y) * u.y);
+}
+
 // Blocks of 8 columns of the tile are gate and up in turn, in the same lanes: each thread has all that its columns of a
 // need.
 template <class Shape_>
@@ -124,8 +130,7 @@ struct Up : Operands {
           }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // of the rounded h: the backward pass has no other
-            float2 g = unpack_bf16(packed[j / 2][j % 2 * 2]), u = unpack_bf16(packed[j / 2][j % 2 * 2 + 1]);
-            act[j] = pack_bf16(g.x * fast_sigmoid(g.x) * u.x, g.y * fast_sigmoid(g.y) * u.y);
+            act[j] = swiglu_pair(packed[j / 2][j % 2 * 2], packed[j / 2][j % 2 * 2 + 1]);
           }
           quad_transpose(packed[0]), quad_transpose(packed[1]), quad_transpose(act);
           if (row >= t.row_end) continue;

@@ -10,39 +10,33 @@ using Narrow = TileShape<128, 128, Consumers::ping_pong, 2>;
 using Medium = TileShape<128, 192, Consumers::ping_pong, 2>;
 using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
 using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
-using Alone = TileShape<128, 256, Consumers::cooperative, 1>;
+using Alone = TileShape<128, 256, Consumers::cooperative, 4>;
 enum Choice { narrow, medium, wide, tall, alone };
 
 template <template <class> class Product, class... Outputs>
 void run_with(GpuBase& dev, int tile, const ExpertShape& s, const Operands& o, Outputs... outputs) {
   if (dev.expert_tile >= 0) tile = dev.expert_tile;
-  switch (tile) {
-    case narrow:
-      return run(dev, Product<Narrow>{o, outputs...}, s);
-    case medium:
-      return run(dev, Product<Medium>{o, outputs...}, s);
-    case tall:
-      return run(dev, Product<Tall>{o, outputs...}, s);
-    case alone:
-      return run(dev, Product<Alone>{o, outputs...}, s);
-    default:
-      return run(dev, Product<Wide>{o, outputs...}, s);
-  }
+  if (tile == narrow) return run(dev, Product<Narrow>{{o, outputs...}}, s);
+  if (tile == medium) return run(dev, Product<Medium>{{o, outputs...}}, s);
+  if (tile == alone) return run(dev, Product<Alone>{{o, outputs...}}, s);
+  if constexpr (Product<Tall>::slots == 0)
+    if (tile == tall) return run(dev, Product<Tall>{{o, outputs...}}, s);
+  return run(dev, Product<Wide>{{o, outputs...}}, s);
 }
 
 template <class Shape>
-using Down = Rows<Shape, false>;
+using Down = StagedRows<Shape, false>;
 template <class Shape>
-using UpInput = Rows<Shape, true>;
+using UpInput = StagedRows<Shape, true>;
 template <class Shape>
-using DownWeight = WeightGradient<Shape, true>;
+using DownWeight = Direct<WeightGradient<Shape, true>>;
 template <class Shape>
-using UpWeight = WeightGradient<Shape, false>;
+using UpWeight = Direct<WeightGradient<Shape, false>>;
 
 }  // namespace
 
 const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping-pong", "128x256 cooperative",
-                                              "256x128 cooperative", "128x256 alone"};
+                                              "256x128 cooperative", "128x256 four"};
 
 bool usable(const GpuBase& dev, const ExpertShape& s) {
   if (dev.capability != 90 || s.E > max_experts) return false;
@@ -55,22 +49,13 @@ bool usable(const GpuBase& dev, const ExpertShape& s) {
 }
 
 void up(GpuBase& dev, const Operands& o, bf16* h, bf16* a, const ExpertShape& s) {
-  run_with<Up>(dev, medium, s, o, h, a);
+  run_with<StagedUp>(dev, medium, s, o, h, a);
 }
 void down(GpuBase& dev, const Operands& o, bf16* y, const ExpertShape& s) { run_with<Down>(dev, wide, s, o, y); }
 void down_backward(GpuBase& dev, const Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,
                    const float* gates, const int32_t* slot_of_row, const ExpertShape& s) {
   const DownBackwardOutputs out{dh, a_scaled, partial, h, gates, slot_of_row, s.R};
-  int tile = narrow;
-  if (dev.expert_tile >= 0) tile = dev.expert_tile;
-  switch (tile) {
-    case narrow:
-      return run(dev, StagedDownBackward<TileShape<128, 128, Consumers::ping_pong, 2, 4>>{{o, out}}, s);
-    case medium:
-      return run(dev, StagedDownBackward<TileShape<128, 192, Consumers::ping_pong, 2, 2>>{{o, out}}, s);
-    default:
-      return run(dev, DownBackward<Wide>{o, out}, s);
-  }
+  run_with<StagedDownBackward>(dev, wide, s, o, out);
 }
 void down_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, const ExpertShape& s) {
   run_with<DownWeight>(dev, wide, s, o, gradient, wide_gradient);

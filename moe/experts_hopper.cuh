@@ -29,19 +29,15 @@ namespace hopper {
 
 enum class Consumers { ping_pong, cooperative };
 
-// slots: of shared memory for pieces that are finished there (experts_staged.cuh).
-template <int BM_, int BN_, Consumers consumers_, int cluster_, int slots_ = 0>
+template <int BM_, int BN_, Consumers consumers_, int cluster_>
 struct TileShape {
   static constexpr int BM = BM_, BN = BN_, cluster = cluster_;
   static constexpr Consumers consumers = consumers_;
   static constexpr bool ping_pong = consumers == Consumers::ping_pong;
   static constexpr int rows = ping_pong ? BM : BM / 2;  // of a tile that a consumer multiplies
   static constexpr int stage_bytes = (BM + BN) * BK * 2;
-  static constexpr int other_bytes = 3072;  // of shared memory: barriers, and the starts of TileWalk
-  static constexpr int slots = slots_, slot_bytes = 3 * panel_bytes;
-  static constexpr int stages = (shared_bytes - other_bytes - slots * slot_bytes) / stage_bytes;
   static constexpr int threads = 3 * warpgroup;
-  static_assert(rows % 64 == 0 && BN % 64 == 0 && stages >= 3);
+  static_assert(rows % 64 == 0 && BN % 64 == 0);
 };
 constexpr int max_experts = 512;
 
@@ -49,7 +45,7 @@ template <class Product>
 struct Arguments {
   Product product;
   TensorMap a, b;       // of the operands that are not gathered
-  TensorMap staged[3];  // of what is finished in shared memory: h, dh, a_scaled
+  TensorMap staged[3];  // of what is finished by way of shared memory (experts_staged.cuh)
 };
 
 // Stages are filled and emptied in the same order for ever. Position n of that order is use n / stages of stage
@@ -69,7 +65,11 @@ struct Position {
 template <class Product>
 class Pipeline {
   using Shape = typename Product::Shape;
-  static constexpr int stages = Shape::stages;
+  static constexpr int consumer_warps = 8;
+  static constexpr int staging_bytes = consumer_warps * Product::warp_bytes;
+  static constexpr int other_bytes = 3072;  // barriers, and the starts of TileWalk
+  static constexpr int stages = (shared_bytes - other_bytes - staging_bytes) / Shape::stage_bytes;
+  static_assert(stages >= 3);
   static constexpr Access a_access = Product::a_access, b_access = Product::b_access;
   static constexpr bool gathers = a_access.gathered || b_access.gathered;
   static constexpr int a_bytes = Shape::BM * BK * 2;
@@ -80,27 +80,30 @@ class Pipeline {
 
   const Arguments<Product>& args_;
   const Product& p_;
-  uint32_t ring_, slots_, full_, empty_, arrived_;
+  uint32_t ring_, staging_, full_, empty_, arrived_;
   const int* starts_;
 
  public:
-  static constexpr int tiles_bytes = stages * Shape::stage_bytes + Shape::slots * Shape::slot_bytes;
-  static constexpr int shared = tiles_bytes + Shape::other_bytes;
+  // Of a thread; together 64512 of the multiprocessor's 65536. Gathering needs some, and accumulators come first.
+  static constexpr int producer_registers = !gathers ? 40 : Shape::rows * Shape::BN > 128 * 128 ? 40 : 56;
+  static constexpr int consumer_registers = (64512 / warpgroup - producer_registers) / 2;
+  static constexpr int tiles_bytes = stages * Shape::stage_bytes + staging_bytes;
+  static constexpr int shared = tiles_bytes + other_bytes;
 
   __device__ Pipeline(const Arguments<Product>& args, unsigned char* shared)
       : args_(args),
         p_(args.product),
         ring_(shared_address(shared)),
-        slots_(ring_ + stages * Shape::stage_bytes),
+        staging_(ring_ + stages * Shape::stage_bytes),
         full_(ring_ + tiles_bytes),
         empty_(full_ + stages * 8),
         arrived_(empty_ + stages * 8) {
-    int* starts = reinterpret_cast<int*>(shared + tiles_bytes + stages * 16 + Shape::slots * 8);
+    int* starts = reinterpret_cast<int*>(shared + tiles_bytes + stages * 16 + consumer_warps * Product::slots * 8);
     starts_ = starts;
     if (threadIdx.x == 0) {
       for (int s = 0; s < stages; ++s)
         init_barrier(full_ + s * 8, 1 + filling_threads), init_barrier(empty_ + s * 8, emptying_warps);
-      if constexpr (Shape::slots > 0) Finish<Product>::init(arrived_);
+      for (int s = 0; s < consumer_warps * Product::slots; ++s) init_barrier(arrived_ + s * 8, 1);
       fence_barriers();
       if (!a_access.gathered) prefetch_map(&args.a);
       if (!b_access.gathered) prefetch_map(&args.b);
@@ -117,13 +120,27 @@ class Pipeline {
     const uint32_t place = a.place();
     TileWalk<Product> walk(starts_);
     Position<stages> at;
-    for (WorkTile t; walk.next(t, p_);) {
+    WorkTile t, next;
+    bool more = walk.next(next, p_);
+    auto look_up = [&](int first_row, int row_end) {
+      a.look_up(first_row, row_end, p_), b.look_up(first_row, row_end, p_);
+    };
+    auto settle = [&] { a.settle(a_width, p_), b.settle(b_width, p_); };
+    if (more) look_up(next.first_row, next.row_end);
+    while (more) {
+      t = next;
+      more = walk.next(next, p_);
       const int rows = t.row_end - t.first_row;
-      if constexpr (a_access.gathered)
-        a.enter(p_.a, a_width, t.first_row, rows, a_access.down ? t.m0 / 8 : 0, p_),
-            a.settle(true, a_width, t.row_end, p_);
-      if constexpr (b_access.gathered)
-        b.enter(p_.b, b_width, t.first_row, rows, t.n0 / 8, p_), b.settle(true, b_width, t.row_end, p_);
+      // Where rows are looked up ahead: of the next tile, or of the step after the next where each has its own.
+      auto look_ahead = [&](int step) {
+        if (Product::sums_rows && step + 1 < t.steps)
+          look_up(t.first_row + (step + 1) * BK, t.row_end);
+        else if (more)
+          look_up(next.first_row, next.row_end);
+      };
+      if constexpr (a_access.gathered) a.enter(p_.a, a_width, 0, rows, a_access.down ? t.m0 / 8 : 0);
+      if constexpr (b_access.gathered) b.enter(p_.b, b_width, 0, rows, t.n0 / 8);
+      settle(), look_ahead(0);
       for (int step = 0; step < t.steps; ++step, at.advance()) {
         const uint32_t to = ring_ + at.stage * Shape::stage_bytes, full = full_ + at.stage * 8;
         wait(empty_ + at.stage * 8, at.parity ^ 1);
@@ -139,9 +156,10 @@ class Pipeline {
         if constexpr (Product::sums_rows) {
           if (ragged) copy_ragged(t, step, to + place);
         }
-        if constexpr (a_access.gathered) fill(a, to + place, a_width, t, step);
-        if constexpr (b_access.gathered) fill(b, to + a_bytes + place, b_width, t, step);
+        if constexpr (a_access.gathered) fill(a, to + place, a_width);
+        if constexpr (b_access.gathered) fill(b, to + a_bytes + place, b_width);
         if constexpr (gathers) arrive_after_copies(full);
+        if (Product::sums_rows && step + 1 < t.steps) settle(), look_ahead(step + 1);
       }
     }
   }
@@ -149,31 +167,31 @@ class Pipeline {
   __device__ void consume(int consumer) const {
     TileWalk<Product> walk(starts_);
     Position<stages> at;
-    WorkTile t, next;
-    if constexpr (Shape::slots > 0) {
-      Finish<Product> finish(p_, args_.staged, slots_, arrived_, consumer);
-      bool more = walk.next(t, p_);
-      if (more && consumer == 0) finish.first_pieces(t);
-      if (more && consumer == 1) at.advance(t.steps), finish.skip_tile(), more = walk.next(t, p_);
+    const int part_row = Shape::ping_pong ? 0 : consumer * Shape::rows, warp = threadIdx.x / 32 - 4;
+    const uint32_t slot = staging_ + warp * Product::warp_bytes;
+    float acc[Shape::rows / 64][Shape::BN / 8][4];
+    WorkTile t;
+    bool more = walk.next(t, p_);
+    if (Shape::ping_pong && consumer == 1 && more) at.advance(t.steps), more = walk.next(t, p_);
+    if constexpr (Product::looks_ahead) {
+      typename Product::Finish finish(p_, args_.staged, slot, part_row, arrived_ + warp * Product::slots * 8);
+      if (more) finish.start(t);
       while (more) {
-        const bool has_next = walk.next(next, p_);
+        WorkTile next;
+        more = (!Shape::ping_pong || walk.next(next, p_)) && walk.next(next, p_);  // skips the other consumer's
         finish.begin(t);
-        float acc[Shape::rows / 64][Shape::BN / 8][4];
         multiply_tile(acc, t, at, consumer);
-        finish(acc, t, next, has_next);
-        if (!has_next) break;
-        at.advance(next.steps), finish.skip_tile(), more = walk.next(t, p_);
+        finish(acc, t, next, more);
+        if (Shape::ping_pong) at.advance(t.steps);  // all tiles have as many
+        t = next;
       }
     } else {
-      const int first_row = Shape::ping_pong ? 0 : consumer * Shape::rows, warp = threadIdx.x % warpgroup / 32;
-      for (int turn = 0; walk.next(t, p_); turn ^= 1) {
-        if (Shape::ping_pong && turn != consumer) {
-          at.advance(t.steps);
-          continue;
-        }
-        float acc[Shape::rows / 64][Shape::BN / 8][4];
+      typename Product::Finish finish{p_, args_.staged, slot, part_row};
+      while (more) {
         multiply_tile(acc, t, at, consumer);
-        p_.finish(acc, Place<64>(t, first_row + warp * 16, 0), t);
+        finish(acc, t);
+        more = walk.next(t, p_);
+        if (Shape::ping_pong && more) at.advance(t.steps), more = walk.next(t, p_);
       }
     }
   }
@@ -253,18 +271,16 @@ class Pipeline {
     constexpr int extent = a_access.gathered ? Shape::BN : Shape::BM;
     Window<extent, Access{.down = true, .gathered = false}, warpgroup> window;
     const int width = (a_access.gathered ? p_.N : p_.M) / 8, row = t.first_row + step * BK;
-    window.enter(a_access.gathered ? p_.b : p_.a, width, row, t.row_end - row, (a_access.gathered ? t.n0 : t.m0) / 8,
-                 p_);
+    window.enter(a_access.gathered ? p_.b : p_.a, width, row, t.row_end - row, (a_access.gathered ? t.n0 : t.m0) / 8);
     if (a_access.gathered) to += a_bytes;
 #pragma unroll 4
     for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
   }
   template <class GatherWindow>
-  __device__ void fill(GatherWindow& window, uint32_t to, int width, const WorkTile& t, int step) const {
+  __device__ void fill(GatherWindow& window, uint32_t to, int width) const {
 #pragma unroll
     for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
     window.advance(width);
-    if (step + 1 < t.steps) window.settle(false, width, t.row_end, p_);
   }
   __device__ void release(uint32_t stage) const {
     if constexpr (cluster > 1) {
@@ -276,21 +292,18 @@ class Pipeline {
 };
 
 template <class Product>
-__global__ void __cluster_dims__(Product::Shape::cluster, 1, 1) __launch_bounds__(Product::Shape::threads, 1)
+__global__ void __launch_bounds__(Product::Shape::threads, 1)
     grouped_product(const __grid_constant__ Arguments<Product> args) {
 #if HOPPER_CODE
   extern __shared__ __align__(1024) unsigned char shared[];
   const Pipeline<Product> pipeline(args, shared);
   const int role = threadIdx.x / warpgroup;
   if (role == 0) {
-    give_registers<40>();
+    give_registers<Pipeline<Product>::producer_registers>();
     pipeline.produce();
   } else {
-    take_registers<232>();
-    if (Product::Shape::ping_pong && role == 2) {  // the first turns
-      arrive_threads(1, 2 * warpgroup);
-      if (Product::Shape::slots > 0) arrive_threads(3, 2 * warpgroup);
-    }
+    take_registers<Pipeline<Product>::consumer_registers>();
+    if (Product::Shape::ping_pong && role == 2) arrive_threads(1, 2 * warpgroup);  // the first turn
     pipeline.consume(role - 1);
   }
   if constexpr (Product::Shape::cluster > 1) sync_cluster();  // the other block may still arrive at our barriers
@@ -312,13 +325,10 @@ void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
     const int64_t batches = Product::sums_rows ? 1 : s.E, rows = Product::sums_rows ? s.R : b.down ? p.depth : p.N;
     args.b = tensor_map(p.b, batches, rows, width, rows * width, (b.down ? BK : Shape::BN) / Shape::cluster);
   }
-  if constexpr (Shape::slots > 0) {
-    args.staged[0] = tensor_map(p.h, 1, s.R, 2 * s.F, 2 * s.R * s.F, 64);
-    args.staged[1] = tensor_map(p.dh, 1, s.R, 2 * s.F, 2 * s.R * s.F, 64);
-    args.staged[2] = tensor_map(p.a_scaled, 1, s.R, s.F, s.R * s.F, 64);
-  }
-  launch(dev, grouped_product<Product>, dim3(unsigned(dev.multiprocessors / Shape::cluster * Shape::cluster)),
-         dim3(Shape::threads), size_t(Pipeline<Product>::shared), args);
+  Product::describe(args.staged, p, s);
+  launch_clusters(dev, grouped_product<Product>, Shape::cluster,
+                  dim3(unsigned(dev.multiprocessors / Shape::cluster * Shape::cluster)), dim3(Shape::threads),
+                  size_t(Pipeline<Product>::shared), args);
 }
 
 }  // namespace hopper

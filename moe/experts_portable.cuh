@@ -64,16 +64,23 @@ class Producer {
     if (!walk_.next(tile_, p)) return a_.close(), b_.close();
     const WorkTile& t = tile_;
     new_tile_ = true, steps_left_ = t.steps;
-    a_.enter(p.a, a_width_, t.first_row, t.row_end - t.first_row, Product::a_access.down ? t.m0 / 8 : 0, p);
+    a_.enter(p.a, a_width_, t.first_row, t.row_end - t.first_row, Product::a_access.down ? t.m0 / 8 : 0);
     if constexpr (Product::sums_rows)
-      b_.enter(p.b, b_width_, t.first_row, t.row_end - t.first_row, t.n0 / 8, p);
+      b_.enter(p.b, b_width_, t.first_row, t.row_end - t.first_row, t.n0 / 8);
     else if constexpr (Product::b_access.down)  // a weight, summed over its rows
-      b_.enter(p.b, b_width_, int64_t(t.expert) * p.depth, p.depth, t.n0 / 8, p);
+      b_.enter(p.b, b_width_, int64_t(t.expert) * p.depth, p.depth, t.n0 / 8);
     else
-      b_.enter(p.b, b_width_, int64_t(t.expert) * p.N + t.n0, p.N - t.n0, 0, p);
+      b_.enter(p.b, b_width_, int64_t(t.expert) * p.N + t.n0, p.N - t.n0, 0);
+    a_.look_up(t.first_row, t.row_end, p), b_.look_up(t.first_row, t.row_end, p);
   }
   __device__ void fill(int part, const Operands& p) {
-    if (part == 0) a_.settle(new_tile_, a_width_, tile_.row_end, p), b_.settle(new_tile_, b_width_, tile_.row_end, p);
+    if (part == 0 && (Product::sums_rows || new_tile_)) {
+      a_.settle(a_width_, p), b_.settle(b_width_, p);
+      if constexpr (Product::sums_rows) {
+        const int next_row = tile_.first_row + (tile_.steps - steps_left_ + 1) * BK;
+        a_.look_up(next_row, tile_.row_end, p), b_.look_up(next_row, tile_.row_end, p);
+      }
+    }
     constexpr int copies = A::copies + B::copies;
 #pragma unroll
     for (int i = 0; i < copies; ++i) {

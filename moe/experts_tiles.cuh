@@ -135,9 +135,9 @@ class Window {
   const char* at_ = nullptr;  // this thread's first chunk of the window; gathered: of the matrix
   int rows_left_ = 0;         // rows from that chunk on before the zeros begin
   int chunks_left_ = 0;       // chunks of the matrix from that chunk on
-  int next_row_ = 0;          // gathered, moving down: where the window after the next begins
-  uint32_t index_[indexed ? passes : access.gathered ? BK / 32 : 1] = {};  // see settle()
-  int32_t next_[access.gathered && access.down ? BK / 32 : 1] = {};        // entries of row_slot, read ahead
+  static constexpr int indices = indexed ? passes : access.gathered ? BK / 32 : 1;
+  uint32_t index_[indices] = {};  // see settle()
+  int32_t next_[indices] = {};    // entries of row_slot, read ahead
 
  public:
   static constexpr int copies = panels * passes;  // of a thread
@@ -150,40 +150,30 @@ class Window {
   }
 
   // The first window of a tile starts at (first_row, first_chunk) of the matrix `data` with `width` chunks a row.
-  __device__ void enter(const bf16* data, int width, int64_t first_row, int rows_left, int first_chunk,
-                        const Operands& p) {
+  __device__ void enter(const bf16* data, int width, int64_t first_row, int rows_left, int first_chunk) {
     int row = threadIdx.x / 8, chunk = first_chunk + threadIdx.x % 8;
     rows_left_ = rows_left - row, chunks_left_ = width - chunk;
     at_ = reinterpret_cast<const char*>(data) + int64_t(chunk) * 16;
-    if constexpr (!access.gathered) {
-      at_ += (first_row + row) * width * 16;
-    } else if constexpr (indexed) {
-#pragma unroll
-      for (int i = 0; i < passes; ++i) {
-        int r = int(first_row) + row + i * pass;
-        index_[i] = i * pass < rows_left_ ? (p.row_slot ? __ldg(p.row_slot + r) : r) : 0;
-      }
-    } else {
-      next_row_ = int(first_row);
-      read_ahead(int(first_row) + rows_left, p);
-    }
+    if constexpr (!access.gathered) at_ += (first_row + row) * width * 16;
   }
   // There is no further tile: all that is copied from now on is zeros. Nobody reads them, but a step stays a step.
   __device__ void close() { rows_left_ = 0; }
-  // Gathered rows are found in two steps, so that nobody waits for row_slot: enter() or an earlier call started to read
-  // it, and a good many instructions later this turns what came into the place of the rows.
-  //   moving along rows  index_[i] is the distance, in chunks, of row i of this thread; set once a tile
-  //   moving down        lane l of each warp holds the token of window rows l and l + 32; set every step
-  __device__ void settle(bool new_tile, int width, int row_end, const Operands& p) {
-    if constexpr (indexed) {
-      if (new_tile)
+  // Gathered rows are found in two steps, so that nobody waits for row_slot: look_up() starts to read it for the window
+  // that begins at first_row, and a good many instructions later settle() turns what came into the place of the rows.
+  //   moving along rows  once a tile. index_[i] is the distance, in chunks, of row i of this thread
+  //   moving down        every step. Lane l of each warp holds the token of window rows l and l + 32
+  __device__ void look_up(int first_row, int row_end, const Operands& p) {
+    if constexpr (access.gathered)
 #pragma unroll
-        for (int i = 0; i < passes; ++i) index_[i] = p.slots(index_[i]) * uint32_t(width);
-    } else if constexpr (access.gathered) {
+      for (int i = 0; i < indices; ++i) {
+        int r = first_row + (indexed ? threadIdx.x / 8 + i * pass : threadIdx.x % 32 + i * 32);
+        next_[i] = r < row_end ? (p.row_slot ? __ldg(p.row_slot + r) : r) : 0;
+      }
+  }
+  __device__ void settle(int width, const Operands& p) {
+    if constexpr (access.gathered)
 #pragma unroll
-      for (int i = 0; i < BK / 32; ++i) index_[i] = p.slots(uint32_t(next_[i]));
-      read_ahead(row_end, p);
-    }
+      for (int i = 0; i < indices; ++i) index_[i] = p.slots(uint32_t(next_[i])) * uint32_t(indexed ? width : 1);
   }
   // Copy i of this thread, 0 <= i < copies, into the window that begins at `to` - place().
   __device__ void copy(int i, uint32_t to, int width) const {
@@ -207,16 +197,6 @@ class Window {
     } else {
       chunks_left_ -= 8, at_ += 128;
     }
-  }
-
- private:
-  __device__ void read_ahead(int row_end, const Operands& p) {
-#pragma unroll
-    for (int i = 0; i < BK / 32; ++i) {
-      int r = next_row_ + i * 32 + threadIdx.x % 32;
-      next_[i] = r < row_end ? (p.row_slot ? __ldg(p.row_slot + r) : r) : 0;
-    }
-    next_row_ += BK;
   }
 };
 

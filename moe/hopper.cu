@@ -4,8 +4,8 @@
 
 namespace hopper {
 
-TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t width, int64_t batch_stride,
-                     int box_rows) {
+TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t width, int64_t batch_stride, int box_rows,
+                     int box_columns) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -18,11 +18,12 @@ TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t wi
   }();
   const cuuint64_t sizes[3] = {cuuint64_t(width), cuuint64_t(rows), cuuint64_t(batches)};
   const cuuint64_t strides[2] = {cuuint64_t(width) * 2, cuuint64_t(batch_stride) * 2};  // bytes; of rows, of batches
-  const cuuint32_t box[3] = {64, cuuint32_t(box_rows), 1}, every[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {cuuint32_t(box_columns), cuuint32_t(box_rows), 1}, every[3] = {1, 1, 1};
   TensorMap map;
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<bf16*>(data), sizes, strides,
-                                 box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<bf16*>(data), sizes, strides, box, every,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     fail("CUDA: cuTensorMapEncodeTiled refused a tensor of ", batches, " x ", rows, " x ", width, " bf16 (error ",
          int(result), ")");

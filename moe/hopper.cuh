@@ -94,6 +94,21 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// launch() of cuda_common.cuh for a grid whose blocks form clusters of `cluster` neighbours; grid.x is a multiple of it.
+// (__cluster_dims__ on the kernel would do the same, but does not compile for GPUs without clusters.)
+template <class... Params, class... Args>
+void launch_clusters(GpuBase& dev, void (*kernel)(Params...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     const Args&... args) {
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = dev.stream;
+  config.attrs = &size, config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
 // ---- TMA ----
 
 // What the copy engine knows of a tensor: three dimensions, the innermost contiguous, and the box that is copied at a
@@ -101,10 +116,11 @@ __device__ __forceinline__ void sync_cluster() {
 using TensorMap = CUtensorMap;
 
 // A tensor (batches, rows, width) of bf16, rows of different batches `batch_stride` elements apart, in boxes of
-// box_rows x 64: 128 bytes a row, whose 16-byte chunk c is placed at c ^ (row % 8) (the 128-byte swizzle).
+// box_rows x box_columns. Columns are 64: 128 bytes a row, whose 16-byte chunk c is placed at c ^ (row % 8) (the 128-byte
+// swizzle); or 32: 64 bytes a row, chunk c at c ^ (row / 2 % 4).
 // width % 8 == 0, box_rows <= 256, data aligned to 16 bytes; Error where the driver refuses.
-TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t width, int64_t batch_stride,
-                     int box_rows);
+TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t width, int64_t batch_stride, int box_rows,
+                     int box_columns = 64);
 
 // prefetch.tensormap
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

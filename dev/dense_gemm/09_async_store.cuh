@@ -21,7 +21,6 @@
 //
 // Sizes: M and N multiples of 256, K of 64.
 #pragma once
-#include "dev/dense_gemm/cluster_launch.cuh"
 #include "moe/hopper.cuh"
 
 namespace async_store {
