@@ -8,9 +8,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 
 // ---- cp.async ----
 
-// 16 bytes from global to shared memory, or 16 zero bytes without looking at the source. Both addresses are multiples
-// of 16.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside = true) {
+// 16 bytes from global to shared memory. Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// The same, or 16 zero bytes without looking at the source.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
                : "memory");
 }

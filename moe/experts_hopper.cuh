@@ -98,12 +98,12 @@ class Pipeline {
         full_(ring_ + tiles_bytes),
         empty_(full_ + stages * 8),
         arrived_(empty_ + stages * 8) {
-    int* starts = reinterpret_cast<int*>(shared + tiles_bytes + stages * 16 + consumer_warps * Product::slots * 8);
+    int* starts = reinterpret_cast<int*>(shared + tiles_bytes + stages * 16 + consumer_warps * Product::warp_slots * 8);
     starts_ = starts;
     if (threadIdx.x == 0) {
       for (int s = 0; s < stages; ++s)
         init_barrier(full_ + s * 8, 1 + filling_threads), init_barrier(empty_ + s * 8, emptying_warps);
-      for (int s = 0; s < consumer_warps * Product::slots; ++s) init_barrier(arrived_ + s * 8, 1);
+      for (int s = 0; s < consumer_warps * Product::warp_slots; ++s) init_barrier(arrived_ + s * 8, 1);
       fence_barriers();
       if (!a_access.gathered) prefetch_map(&args.a);
       if (!b_access.gathered) prefetch_map(&args.b);
@@ -156,8 +156,8 @@ class Pipeline {
         if constexpr (Product::sums_rows) {
           if (ragged) copy_ragged(t, step, to + place);
         }
-        if constexpr (a_access.gathered) fill(a, to + place, a_width);
-        if constexpr (b_access.gathered) fill(b, to + a_bytes + place, b_width);
+        if constexpr (a_access.gathered) fill(a, to + place, a_width, rows, step, a_access.down ? t.m0 : 0);
+        if constexpr (b_access.gathered) fill(b, to + a_bytes + place, b_width, rows, step, t.n0);
         if constexpr (gathers) arrive_after_copies(full);
         if (Product::sums_rows && step + 1 < t.steps) settle(), look_ahead(step + 1);
       }
@@ -174,7 +174,7 @@ class Pipeline {
     bool more = walk.next(t, p_);
     if (Shape::ping_pong && consumer == 1 && more) at.advance(t.steps), more = walk.next(t, p_);
     if constexpr (Product::looks_ahead) {
-      typename Product::Finish finish(p_, args_.staged, slot, part_row, arrived_ + warp * Product::slots * 8);
+      typename Product::Finish finish(p_, args_.staged, slot, part_row, arrived_ + warp * Product::warp_slots * 8);
       if (more) finish.start(t);
       while (more) {
         WorkTile next;
@@ -277,9 +277,15 @@ class Pipeline {
     for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
   }
   template <class GatherWindow>
-  __device__ void fill(GatherWindow& window, uint32_t to, int width) const {
+  __device__ void fill(GatherWindow& window, uint32_t to, int width, int rows, int step, int first_column) const {
+    const bool along = !Product::sums_rows;  // which way the window moves
+    if (window.is_whole(along ? rows : rows - step * BK, width - (along ? step * BK : first_column) / 8)) {
 #pragma unroll
-    for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
+      for (int i = 0; i < window.copies; ++i) window.template copy<true>(i, to, width);
+    } else {
+#pragma unroll
+      for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);
+    }
     window.advance(width);
   }
   __device__ void release(uint32_t stage) const {

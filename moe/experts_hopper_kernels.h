@@ -14,7 +14,7 @@ namespace hopper {
 bool usable(const GpuBase& dev, const ExpertShape& s);
 
 // Tiles that a product can be computed with: GpuBase::expert_tile forces one of them where it is not negative.
-constexpr int tile_choices = 5;
+constexpr int tile_choices = 4;
 extern const char* const tile_names[tile_choices];
 
 void up(GpuBase& dev, const grouped::Operands& o, bf16* h, bf16* a, const ExpertShape& s);

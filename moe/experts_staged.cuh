@@ -51,7 +51,7 @@ __device__ __forceinline__ int strip_row(const WorkTile& t, int part_row, int i)
 
 template <class Shape, bool b_down>
 struct StagedRows : Rows<Shape, b_down> {
-  static constexpr int warp_bytes = Box<64>::bytes, slots = 0;
+  static constexpr int warp_bytes = Box<64>::bytes, warp_slots = 0;
   static constexpr bool looks_ahead = false;
   static void describe(TensorMap* maps, const Rows<Shape, b_down>& p, const ExpertShape& s) {
     maps[0] = tensor_map(p.out, 1, s.R, p.N, s.R * p.N, box_rows);
@@ -95,7 +95,7 @@ struct StagedRows : Rows<Shape, b_down> {
 
 template <class Shape>
 struct StagedUp : Up<Shape> {
-  static constexpr int warp_bytes = Box<64>::bytes + Box<32>::bytes, slots = 0;
+  static constexpr int warp_bytes = Box<64>::bytes + Box<32>::bytes, warp_slots = 0;
   static constexpr bool looks_ahead = false;
   static void describe(TensorMap* maps, const Up<Shape>& p, const ExpertShape& s) {
     maps[0] = tensor_map(p.h, 1, s.R, 2 * s.F, s.R * 2 * s.F, box_rows);
@@ -158,7 +158,8 @@ template <class Shape>
 struct StagedDownBackward : DownBackward<Shape> {
   static constexpr bool has_prefetch = false, looks_ahead = true;
   static constexpr int columns = 32;  // of dA' in a piece: 64 of h
-  static constexpr int slot_bytes = Box<64>::bytes + Box<32>::bytes, slots = Shape::BN > 192 ? 3 : 4, warp_bytes = slots * slot_bytes;
+  static constexpr int slot_bytes = Box<64>::bytes + Box<32>::bytes, warp_slots = Shape::BN > 192 ? 3 : 4,
+                       warp_bytes = warp_slots * slot_bytes;
   static void describe(TensorMap* maps, const DownBackward<Shape>& p, const ExpertShape& s) {
     maps[0] = tensor_map(p.h, 1, s.R, 2 * s.F, s.R * 2 * s.F, box_rows);
     maps[1] = tensor_map(p.dh, 1, s.R, 2 * s.F, s.R * 2 * s.F, box_rows);
@@ -167,7 +168,7 @@ struct StagedDownBackward : DownBackward<Shape> {
 
   class Finish {
     static constexpr int strips = Shape::rows / 64, parts = Shape::BN / columns, pieces = strips * parts;
-    static_assert(parts % 2 == 0 && slots <= pieces);
+    static_assert(parts % 2 == 0 && warp_slots <= pieces);
     const StagedDownBackward& p_;
     const TensorMap* maps_;
     uint32_t slots_at_, arrived_;  // in shared memory; a barrier a slot
@@ -182,7 +183,7 @@ struct StagedDownBackward : DownBackward<Shape> {
 
     __device__ void start(const WorkTile& t) {
       if (first_lane())
-        for (int q = 0; q < slots; ++q) load(t, q, q);
+        for (int q = 0; q < warp_slots; ++q) load(t, q, q);
     }
     // Before the tile is multiplied: the gates of this lane's rows are asked for.
     __device__ void begin(const WorkTile& t) {
@@ -233,8 +234,8 @@ struct StagedDownBackward : DownBackward<Shape> {
         if (first_lane()) {  // the slot of the piece before this one is free once its stores have read it
           commit_stores();
           wait_stores_read<1>();
-          const int later = q - 1 + slots;
-          const uint32_t free = slot_ == 0 ? slots - 1 : slot_ - 1;
+          const int later = q - 1 + warp_slots;
+          const uint32_t free = slot_ == 0 ? warp_slots - 1 : slot_ - 1;
           if (q > 0 && later < pieces)
             load(t, later, free);
           else if (q > 0 && has_next)
@@ -251,11 +252,11 @@ struct StagedDownBackward : DownBackward<Shape> {
             dgate[half] = 0;
           }
         }
-        if (++slot_ == slots) slot_ = 0, parity_ ^= 1;
+        if (++slot_ == warp_slots) slot_ = 0, parity_ ^= 1;
       }
       if (first_lane() && has_next) {
         wait_stores_read<0>();
-        load(next, slots - 1, slot_ == 0 ? slots - 1 : slot_ - 1);
+        load(next, warp_slots - 1, slot_ == 0 ? warp_slots - 1 : slot_ - 1);
       }
     }
 
@@ -273,7 +274,7 @@ struct StagedDownBackward : DownBackward<Shape> {
 
 template <class Product>
 struct Direct : Product {
-  static constexpr int warp_bytes = 0, slots = 0;
+  static constexpr int warp_bytes = 0, warp_slots = 0;
   static constexpr bool looks_ahead = false;
   static void describe(TensorMap*, const Product&, const ExpertShape&) {}
   struct Finish {

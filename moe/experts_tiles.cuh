@@ -161,7 +161,7 @@ class Window {
   // Gathered rows are found in two steps, so that nobody waits for row_slot: look_up() starts to read it for the window
   // that begins at first_row, and a good many instructions later settle() turns what came into the place of the rows.
   //   moving along rows  once a tile. index_[i] is the distance, in chunks, of row i of this thread
-  //   moving down        every step. Lane l of each warp holds the token of window rows l and l + 32
+  //   moving down        every step. Lane l of each warp holds that of window rows l and l + 32
   __device__ void look_up(int first_row, int row_end, const Operands& p) {
     if constexpr (access.gathered)
 #pragma unroll
@@ -173,22 +173,30 @@ class Window {
   __device__ void settle(int width, const Operands& p) {
     if constexpr (access.gathered)
 #pragma unroll
-      for (int i = 0; i < indices; ++i) index_[i] = p.slots(uint32_t(next_[i])) * uint32_t(indexed ? width : 1);
+      for (int i = 0; i < indices; ++i) index_[i] = p.slots(uint32_t(next_[i])) * uint32_t(width);
   }
-  // Copy i of this thread, 0 <= i < copies, into the window that begins at `to` - place().
+  // Whether nothing of the window is to be zero: the first row and chunk beyond it are not beyond the matrix.
+  __device__ static bool is_whole(int rows_left, int chunks_left) {
+    return rows_left >= rows && chunks_left >= panels * 8;
+  }
+  // Copy i of this thread, 0 <= i < copies, into the window that begins at `to` - place(). whole: see is_whole().
+  template <bool whole = false>
   __device__ void copy(int i, uint32_t to, int width) const {
     const int panel = i % panels, row = i / panels * pass;
-    bool valid = row < rows_left_ && chunks_left_ > panel * 8;
     const char* from;
     if constexpr (!access.gathered) {
       from = at_ + int64_t(width) * (row * 16);
     } else if constexpr (indexed) {
-      from = at_ + int64_t(index_[i]) * 16;
+      from = at_ + uint64_t(index_[i]) * 16;
     } else {
       int lane = threadIdx.x / 8 + row % 32;
-      from = at_ + int64_t(__shfl_sync(~0u, index_[row / 32], lane)) * width * 16;
+      from = at_ + uint64_t(__shfl_sync(~0u, index_[row / 32], lane)) * 16;
     }
-    copy_async(to + panel * panel_bytes + row * 128, from + panel * 128, valid);
+    to += panel * panel_bytes + row * 128, from += panel * 128;
+    if constexpr (whole)
+      copy_async(to, from);
+    else
+      copy_async(to, from, row < rows_left_ && chunks_left_ > panel * 8);
   }
   __device__ void advance(int width) {
     if constexpr (access.down) {
