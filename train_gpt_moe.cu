@@ -12,6 +12,7 @@
 #include "llmc/gpu.h"
 #include "llmc/logger.h"
 #include "llmc/peak.h"
+#include "moe/experts_hopper_kernels.h"
 #include "moe/generate.h"
 #include "moe/model_files.h"
 #include "moe/report.h"
@@ -443,6 +444,7 @@ void run_on_gpu(const Options& o) {
 #ifdef GPT_MOE_CUDA
   auto with = [&]<class Device>(Device&& dev) {
     dev.portable = o.experts == "portable";
+    if (o.experts == "hopper" && !dev.gpu_name.empty()) hopper::require(dev, o.model.experts(1));
     run(o, std::forward<Device>(dev));
   };
   bool planning = o.dry_run && !gpu_problem().empty();  // a plan alone needs no GPU

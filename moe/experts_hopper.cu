@@ -36,14 +36,26 @@ using UpWeight = Direct<WeightGradient<Shape, false>>;
 const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping-pong", "128x256 cooperative",
                                               "256x128 cooperative"};
 
-bool usable(const GpuBase& dev, const ExpertShape& s) {
-  if (dev.capability != 90 || s.E > max_experts) return false;
-  static const bool compiled = [] {  // sm_90a code, and not PTX of an older architecture translated by the driver
+namespace {
+bool is_compiled() {  // sm_90a code, and not PTX of an older architecture translated by the driver
+  static const bool compiled = [] {
     cudaFuncAttributes attributes;
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, grouped_product<Down<Narrow>>));
     return attributes.ptxVersion >= 90;
   }();
   return compiled;
+}
+bool fits(const ExpertShape& s) { return s.E <= max_experts && s.C % 8 == 0 && s.F % 8 == 0; }
+}  // namespace
+
+bool usable(const GpuBase& dev, const ExpertShape& s) { return dev.capability == 90 && fits(s) && is_compiled(); }
+void require(const GpuBase& dev, const ExpertShape& s) {
+  if (dev.capability != 90)
+    fail("--experts hopper: ", dev.gpu_name, " is not a Hopper GPU (compute capability 9.0); use auto or portable");
+  if (!is_compiled()) fail("--experts hopper: this program was built without sm_90a code; build for 90a, or use auto");
+  if (!fits(s))
+    fail("--experts hopper: --n-expert ", s.E, " --d-model ", s.C, " --d-expert ", s.F, ": at most ", max_experts,
+         " experts, widths that are multiples of 8; change them, or use auto");
 }
 
 // Measured on an H100 (dev/experts). The larger the tile, the less is read from the L2 cache for a multiplication; with a

@@ -10,8 +10,11 @@ struct Operands;
 
 namespace hopper {
 
-// Whether this GPU runs them: sm_90a code is in the program and the GPU is a Hopper; E is at most max_experts.
+// Whether this GPU runs them: sm_90a code is in the program and the GPU is a Hopper; E is at most 512, C and F are
+// multiples of 8.
 bool usable(const GpuBase& dev, const ExpertShape& s);
+// Error that says why where it does not (--experts hopper).
+void require(const GpuBase& dev, const ExpertShape& s);
 
 // Tiles that a product can be computed with: GpuBase::expert_tile forces one of them where it is not negative.
 constexpr int tile_choices = 4;

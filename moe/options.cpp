@@ -158,7 +158,8 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   group("Debugging");
   app.add_flag("--plain-matmul", o.plain_matmul, "our own plain products instead of the matmul library");
   app.add_flag("--no-graphs", o.no_graphs, "cuda: launch op by op instead of replaying captured graphs (same bits)");
-  app.add_option("--experts", o.experts, "cuda: auto, or portable: only kernels that every GPU since Ampere runs");
+  app.add_option("--experts", o.experts,
+                 "cuda: the expert products' kernels: auto, hopper, or portable (every GPU since Ampere)");
   return declared;
 }
 
@@ -286,8 +287,10 @@ Options parse_options(int argc, char** argv) {
   check_choice("--dispatch", o.dispatch, {"zero_buffer", "materialized"});
   check_choice("--arena", o.arena, {"planned", "separate"});
   check_choice("--export", o.export_format, {"", "hf"});
-  check_choice("--experts", o.experts, {"auto", "portable"});
+  check_choice("--experts", o.experts, {"auto", "hopper", "portable"});
   choose_device(o);
+  if (o.experts == "hopper" && (o.device != "cuda" || o.dtype != "bf16"))
+    fail("--experts hopper: those kernels are for --device cuda --dtype bf16, and this is ", o.device, " ", o.dtype);
   if (!o.grad_dtype.empty() && o.dtype != "bf16")
     fail("--grad-dtype is for --dtype bf16; gradients of ", o.dtype, " weights are ", o.dtype);
   if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)

@@ -51,7 +51,7 @@ OPTIONS = [  # options, words of the complaint
     ("--warmup-steps -1", "warm-up"), ("--final-lr-fraction 2", "fraction"), ("--final-lr-fraction nan", "fraction"), ("--wsd-decay-fraction -1", "wsd"),
     ("--beta1 1", "--beta1"), ("--beta1 -0.1", "--beta1"), ("--beta2 1", "--beta2"), ("--beta2 nan", "--beta2"), ("--adam-eps 0", "--adam-eps"), ("--adam-eps inf", "--adam-eps"),
     ("--weight-decay -1", "--weight-decay"), ("--weight-decay inf", "--weight-decay"), ("--clip -1", "--clip"), ("--clip nan", "--clip"), ("--skip-loss-z -1", "--skip-loss-z"),
-    ("--skip-norm-z nan", "--skip-norm-z"), ("--device tpu", "--device 'tpu'"), ("--experts none", "--experts 'none'"), ("--dtype fp8", "--dtype 'fp8'"), ("--grad-dtype fp64", "--grad-dtype"),
+    ("--skip-norm-z nan", "--skip-norm-z"), ("--device tpu", "--device 'tpu'"), ("--experts none", "--experts 'none'"), ("--device cpu --experts hopper", "--experts hopper"), ("--dtype fp8", "--dtype 'fp8'"), ("--grad-dtype fp64", "--grad-dtype"),
     ("--dtype bf16 --grad-dtype bf16 --total-batch-tokens 128", "--grad-dtype bf16"),
     # evaluation, checkpoints, memory
     ("--eval-every -1", "--eval-every"), ("--sample-every -1", "--sample-every"), ("--checkpoint-every -1", "--checkpoint-every"), ("--keep -1", "--keep"), ("--out=", "--out"),
