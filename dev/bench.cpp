@@ -108,33 +108,51 @@ Timing percentiles(std::vector<double> ms) {
 
 // Everything is queued before anything is waited for, so that the host is ahead of the GPU: what lies between two events
 // is the GPU's time. The overwriting of the caches separates the runs.
-Timing Lab::time(const std::function<void()>& body, const std::function<void()>& prepare, int calls) {
+//
+// A GPU at its power limit is slower after a second of hard work than at its start. So that none has a better place in
+// the row than another, bodies take turns: all once, all again, and so on.
+std::vector<Timing> Lab::time_in_turns(const std::vector<Timed>& all) {
   EventLog log(dev);
-  std::shared_ptr<GpuGraph> graph;
-  prepare(), body();  // libraries choose their kernels, lazily loaded code is loaded
-  if (calls > 1)
-    graph = dev.capture([&] {
-      for (int i = 0; i < calls; ++i) body();
-    });
-  auto run = [&] {
-    prepare();
-    if (!graph) dev.fill_byte(flush_, int(++stream_ & 127), flush_bytes);
+  std::vector<std::shared_ptr<GpuGraph>> graphs;
+  std::vector<int> runs;
+  auto run = [&](size_t i) {
+    all[i].prepare();
+    if (!graphs[i]) dev.fill_byte(flush_, int(++stream_ & 127), flush_bytes);
     size_t begin = log.mark();
-    graph ? dev.launch(*graph) : body();
+    graphs[i] ? dev.launch(*graphs[i]) : all[i].body();
     log.mark();
     return begin;
   };
-  double estimate = log.ms(run(), 1);
-  int runs = options.quick ? 5 : 30, affordable = int(most_seconds * 1e3 / std::max(estimate, 1e-6));
-  runs = std::max(3, std::min(runs, affordable));
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Timed& t = all[i];
+    t.prepare(), t.body();  // libraries choose their kernels, lazily loaded code is loaded
+    graphs.push_back(t.calls > 1 ? dev.capture([&] {
+      for (int n = 0; n < t.calls; ++n) t.body();
+    })
+                                 : nullptr);
+    double estimate = log.ms(run(i), 1);
+    int affordable = int(most_seconds * 1e3 / std::max(estimate, 1e-6));
+    runs.push_back(std::max(3, std::min(options.quick ? 5 : 30, affordable)));
+    log.clear();
+  }
+  for (int round = 0; round < 5; ++round)
+    for (size_t i = 0; i < all.size(); ++i)
+      if (runs[i] > 3) run(i);
   log.clear();
-  for (int i = 0; i < 5 && runs > 3; ++i) run();
-  log.clear();
-  std::vector<size_t> begins;
-  for (int i = 0; i < runs; ++i) begins.push_back(run());
-  std::vector<double> ms;
-  for (size_t begin : begins) ms.push_back(log.ms(begin, begin + 1) / calls);
-  return percentiles(ms);
+  std::vector<std::vector<size_t>> begins(all.size());
+  for (int round = 0; round < 30; ++round)
+    for (size_t i = 0; i < all.size(); ++i)
+      if (round < runs[i]) begins[i].push_back(run(i));
+  std::vector<Timing> times;
+  for (size_t i = 0; i < all.size(); ++i) {
+    std::vector<double> ms;
+    for (size_t begin : begins[i]) ms.push_back(log.ms(begin, begin + 1) / all[i].calls);
+    times.push_back(percentiles(ms));
+  }
+  return times;
+}
+Timing Lab::time(const std::function<void()>& body, const std::function<void()>& prepare, int calls) {
+  return time_in_turns({{body, prepare, calls}})[0];
 }
 
 // ---- the laboratory ----
@@ -266,6 +284,8 @@ void Lab::check_and_measure(const Case& c) {
   std::vector<void*> first;  // what variant 0 made
   std::vector<std::vector<Timing>> times;
   std::vector<bool> good;
+  std::vector<Timed> bodies;
+  std::vector<size_t> body_of;  // which variant
   for (const Variant& v : c.variants) {
     times.emplace_back(), good.push_back(std::find(wrong_.begin(), wrong_.end(), v.name) == wrong_.end());
     if (!wants_variant(v)) continue;
@@ -281,11 +301,14 @@ void Lab::check_and_measure(const Case& c) {
           good.back() = false;
       }
     }
-    times.back().push_back(time(v.forward, c.prepare, c.calls_per_graph));
-    if (!v.backward) continue;
-    times.back().push_back(time(v.backward, c.prepare, c.calls_per_graph));
-    times.back().push_back(time([&] { run_all(v); }, c.prepare, c.calls_per_graph));
+    auto add = [&](std::function<void()> body) {
+      bodies.push_back({std::move(body), c.prepare, c.calls_per_graph}), body_of.push_back(times.size() - 1);
+    };
+    add(v.forward);
+    if (v.backward) add(v.backward), add([&] { run_all(v); });
   }
+  std::vector<Timing> measured = time_in_turns(bodies);
+  for (size_t i = 0; i < bodies.size(); ++i) times[body_of[i]].push_back(measured[i]);
   report(c, times, good);
 }
 

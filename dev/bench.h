@@ -209,6 +209,12 @@ class Lab {
   double matmul_rate();
   double floor_ms(Work work);
 
+  // What is timed: body, after prepare, `calls` times as one graph where that is more than one.
+  struct Timed {
+    std::function<void()> body, prepare = [] {};
+    int calls = 1;
+  };
+  std::vector<Timing> time_in_turns(const std::vector<Timed>& all);
   Timing time(
       const std::function<void()>& body, const std::function<void()>& prepare = [] {}, int calls = 1);
 

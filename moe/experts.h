@@ -3,7 +3,7 @@
 //
 // Rows of expert e are [offsets[e], offsets[e+1]) (dispatch.h). Row r reads token row_slot[r]/K of x and dout, or row r
 // itself where row_slot is null (--dispatch materialized: x and dout are then already gathered). Rows past offsets[E]
-// are neither read nor written.
+// are not written, and nothing that stands there, or in the rows of another expert, reaches a result.
 //   W13 (E, 2F, C)  gate and up projections, rows interleaved 8 and 8 (swiglu.h)
 //   W2  (E, C, F)   down projection
 #pragma once

@@ -15,7 +15,7 @@ run() {  # run PROGRAM OPTIONS...
   echo "== $*"
   "$build/$1" "${@:2}" || failed+=("$1")
 }
-for program in routing_plan router swiglu rmsnorm rope combine embedding classifier adamw attention experts; do
+for program in routing_plan router swiglu rmsnorm rope combine embedding classifier adamw attention dense_gemm grouped_gemm experts down_combine; do
   run "$program" "$@"
 done
 run moe_layer --dispatch materialized "$@"

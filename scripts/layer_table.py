@@ -77,10 +77,52 @@ def table(rows):
     return lines
 
 
+COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22"]
+
+
+def chart(rows):
+    """The same run as bars of forward+backward TFLOP/s in an SVG, the products alone as a line across each group."""
+    shapes = {}
+    for row in rows:
+        shapes.setdefault(row["shape"], {})[row["impl"]] = row
+    peers = [p for p in ORDER if any(p in by_impl for by_impl in shapes.values())]
+    names, rate = ["ours", *peers], RATES[1]
+    top = max(row[rate] for by_impl in shapes.values() for name, row in by_impl.items() if name in names or name == CEILING)
+    bar, gap, height, left, head = 18, 26, 240, 44, 46
+    group = bar * len(names) + gap
+    width = left + group * len(shapes) + 10
+    y = lambda value: head + height * (1 - value / (top * 1.05))
+    gpu = max((str(row.get("gpu", "")) for row in rows), key=len)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{head + height + 34}" font-family="sans-serif" font-size="11">',
+           '<rect width="100%" height="100%" fill="white"/>',
+           f'<text x="{left}" y="14">One MoE layer, forward+backward, TFLOP/s; {gpu}, {max(str(row.get("date", "")) for row in rows)}</text>']
+    x = left
+    for i, name in enumerate(names):
+        out.append(f'<rect x="{x}" y="24" width="10" height="10" fill="{COLORS[i % len(COLORS)]}"/><text x="{x + 14}" y="33">{name}</text>')
+        x += 30 + 7 * len(name)
+    out.append(f'<line x1="{x}" y1="29" x2="{x + 14}" y2="29" stroke="black" stroke-dasharray="3 2"/><text x="{x + 18}" y="33">products alone</text>')
+    for value in range(0, int(top * 1.05), 100):
+        out.append(f'<line x1="{left}" y1="{y(value):.1f}" x2="{width - 10}" y2="{y(value):.1f}" stroke="#ddd"/>'
+                   f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
+    for g, (shape, by_impl) in enumerate(shapes.items()):
+        start = left + gap / 2 + g * group
+        for i, name in enumerate(names):
+            if name in by_impl:
+                value = by_impl[name][rate]
+                out.append(f'<rect x="{start + i * bar:.1f}" y="{y(value):.1f}" width="{bar - 3}" height="{y(0) - y(value):.1f}" fill="{COLORS[i % len(COLORS)]}"/>'
+                           f'<text x="{start + i * bar + (bar - 3) / 2:.1f}" y="{y(value) - 3:.1f}" text-anchor="middle" font-size="8">{value:.0f}</text>')
+        if CEILING in by_impl:
+            level = y(by_impl[CEILING][rate])
+            out.append(f'<line x1="{start - 4:.1f}" y1="{level:.1f}" x2="{start + bar * len(names):.1f}" y2="{level:.1f}" stroke="black" stroke-dasharray="3 2"/>')
+        out.append(f'<text x="{start + bar * len(names) / 2:.1f}" y="{head + height + 16}" text-anchor="middle">{shape}</text>')
+    return "\n".join(out + ["</svg>", ""])
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prints a GitHub table of one run of scripts/bench_layer.sh.")
     parser.add_argument("results", metavar="RESULTS.jsonl")
     parser.add_argument("--run-id", help="default: the run of the last MoE layer in the file")
+    parser.add_argument("--chart", metavar="FILE.svg", help="also draw it")
     o = parser.parse_args()
     rows = read(o.results)
     if not rows:
@@ -90,6 +132,9 @@ def main():
     if not rows:
         sys.exit(f"layer_table: {o.results} has no MoE layer of run {run_id}")
     print("\n".join(table(rows)))
+    if o.chart:
+        with open(o.chart, "w") as file:
+            file.write(chart(rows))
 
 
 if __name__ == "__main__":
