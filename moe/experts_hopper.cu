@@ -12,13 +12,18 @@ using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
 using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
 enum Choice { narrow, medium, wide, tall };
 
+// With the tile asked for, where the product comes in it: sums over rows go on for long and want the least traffic; slots
+// for h (experts_staged.cuh) leave no registers for the accumulators of the medium tile.
 template <template <class> class Product, class... Outputs>
 void run_with(GpuBase& dev, int tile, const ExpertShape& s, const Operands& o, Outputs... outputs) {
   if (dev.expert_tile >= 0) tile = dev.expert_tile;
-  if (tile == narrow) return run(dev, Product<Narrow>{{o, outputs...}}, s);
-  if (tile == medium) return run(dev, Product<Medium>{{o, outputs...}}, s);
-  if constexpr (Product<Tall>::warp_slots == 0)
+  if constexpr (Product<Wide>::sums_rows) {
     if (tile == tall) return run(dev, Product<Tall>{{o, outputs...}}, s);
+  } else {
+    if (tile == narrow) return run(dev, Product<Narrow>{{o, outputs...}}, s);
+    if constexpr (Product<Wide>::warp_slots == 0)
+      if (tile == medium) return run(dev, Product<Medium>{{o, outputs...}}, s);
+  }
   return run(dev, Product<Wide>{{o, outputs...}}, s);
 }
 

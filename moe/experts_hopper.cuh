@@ -131,10 +131,17 @@ class Pipeline {
       t = next;
       more = walk.next(next, p_);
       const int rows = t.row_end - t.first_row;
+      // The copy engine knows where a tensor ends, not where an expert does. Where both operands go over an expert's
+      // rows, the last window therefore begins early enough to end with the expert, and the rows that it repeats are
+      // zeros in the gathered operand; an expert of fewer rows than a window is copied by threads.
+      const bool short_expert = Product::sums_rows && rows < BK;
+      auto window_start = [&](int step) {
+        return Product::sums_rows && !short_expert ? min(step * BK, rows - BK) : step * BK;
+      };
       // Where rows are looked up ahead: of the next tile, or of the step after the next where each has its own.
       auto look_ahead = [&](int step) {
         if (Product::sums_rows && step + 1 < t.steps)
-          look_up(t.first_row + (step + 1) * BK, t.row_end);
+          look_up(t.first_row + window_start(step + 1), t.row_end);
         else if (more)
           look_up(next.first_row, next.row_end);
       };
@@ -144,17 +151,18 @@ class Pipeline {
       for (int step = 0; step < t.steps; ++step, at.advance()) {
         const uint32_t to = ring_ + at.stage * Shape::stage_bytes, full = full_ + at.stage * 8;
         wait(empty_ + at.stage * 8, at.parity ^ 1);
-        // The copy engine knows where a tensor ends, not where an expert does: where both operands go over an expert's
-        // rows, the last step is copied by threads.
-        const bool ragged = Product::sums_rows && (step + 1) * BK > rows;
         if (threadIdx.x == 0) {
           constexpr int bytes =
               (a_access.gathered ? 0 : a_bytes) + (b_access.gathered ? 0 : Shape::stage_bytes - a_bytes);
-          arrive_expecting(full, ragged ? 0 : bytes);
-          if (!ragged) load_boxes(t, step, to, full);
+          arrive_expecting(full, short_expert ? 0 : bytes);
         }
+        if (threadIdx.x % 32 == 0 && !short_expert) load_boxes(t, window_start(step), to, full);
         if constexpr (Product::sums_rows) {
-          if (ragged) copy_ragged(t, step, to + place);
+          if (short_expert) copy_short(t, to + place);
+          if (const int by = step * BK - window_start(step); by > 0) {
+            if constexpr (a_access.gathered) a.shift(by);
+            if constexpr (b_access.gathered) b.shift(by);
+          }
         }
         if constexpr (a_access.gathered) fill(a, to + place, a_width, rows, step, a_access.down ? t.m0 : 0);
         if constexpr (b_access.gathered) fill(b, to + a_bytes + place, b_width, rows, step, t.n0);
@@ -228,10 +236,10 @@ class Pipeline {
     wait_products<0>();
     release(before);
   }
-  // Windows that the copy engine brings. Of the shared operand each block of a cluster asks for its part, half of the
-  // rows that lie in shared memory, for all blocks.
-  __device__ void load_boxes(const WorkTile& t, int step, uint32_t to, uint32_t full) const {
-    const int k = step * BK;
+  // Windows that the copy engine brings, k elements along the reduction. Of the shared operand each block of a cluster
+  // asks for its part, half of the rows that lie in shared memory, for all blocks. The warps that are there share the
+  // panels among them.
+  __device__ void load_boxes(const WorkTile& t, int k, uint32_t to, uint32_t full) const {
     if constexpr (!a_access.gathered) {
       if constexpr (a_access.down)
         load_panels<Shape::BM, !share_b>(to, &args_.a, t.m0, t.first_row + k, 0, full);
@@ -249,12 +257,13 @@ class Pipeline {
   }
   template <int extent, bool shared_operand>
   __device__ void load_rows(uint32_t to, const TensorMap* map, int column, int row, int batch, uint32_t full) const {
-    load_part<extent, shared_operand>(to, map, column, row, batch, full);
+    if (threadIdx.x == 0) load_part<extent, shared_operand>(to, map, column, row, batch, full);
   }
   template <int extent, bool shared_operand>
   __device__ void load_panels(uint32_t to, const TensorMap* map, int column, int row, int batch, uint32_t full) const {
+    constexpr int warps = gathers ? warpgroup / 32 : 1;
 #pragma unroll 1
-    for (int panel = 0; panel < extent / 64; ++panel)
+    for (int panel = threadIdx.x / 32; panel < extent / 64; panel += warps)
       load_part<BK, shared_operand>(to + panel * panel_bytes, map, column + panel * 64, row, batch, full);
   }
   template <int rows, bool shared_operand>
@@ -266,12 +275,13 @@ class Pipeline {
       load_box(to, map, column, row, batch, full);
     }
   }
-  // The last step of a weight gradient, of the operand that is not gathered.
-  __device__ void copy_ragged(const WorkTile& t, int step, uint32_t to) const {
+  // The only step of a weight gradient over fewer rows than a window, of the operand that is not gathered.
+  __device__ void copy_short(const WorkTile& t, uint32_t to) const {
     constexpr int extent = a_access.gathered ? Shape::BN : Shape::BM;
     Window<extent, Access{.down = true, .gathered = false}, warpgroup> window;
-    const int width = (a_access.gathered ? p_.N : p_.M) / 8, row = t.first_row + step * BK;
-    window.enter(a_access.gathered ? p_.b : p_.a, width, row, t.row_end - row, (a_access.gathered ? t.n0 : t.m0) / 8);
+    const int width = (a_access.gathered ? p_.N : p_.M) / 8;
+    window.enter(a_access.gathered ? p_.b : p_.a, width, t.first_row, t.row_end - t.first_row,
+                 (a_access.gathered ? t.n0 : t.m0) / 8);
     if (a_access.gathered) to += a_bytes;
 #pragma unroll 4
     for (int i = 0; i < window.copies; ++i) window.copy(i, to, width);

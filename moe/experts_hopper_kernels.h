@@ -16,7 +16,8 @@ bool usable(const GpuBase& dev, const ExpertShape& s);
 // Error that says why where it does not (--experts hopper).
 void require(const GpuBase& dev, const ExpertShape& s);
 
-// Tiles that a product can be computed with: GpuBase::expert_tile forces one of them where it is not negative.
+// Tiles that products can be computed with: where it is not negative GpuBase::expert_tile asks for one of them, and a
+// product that does not come in it takes its largest.
 constexpr int tile_choices = 4;
 extern const char* const tile_names[tile_choices];
 

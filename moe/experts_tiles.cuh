@@ -135,6 +135,7 @@ class Window {
   const char* at_ = nullptr;  // this thread's first chunk of the window; gathered: of the matrix
   int rows_left_ = 0;         // rows from that chunk on before the zeros begin
   int chunks_left_ = 0;       // chunks of the matrix from that chunk on
+  int rows_skipped_ = 0;      // rows from that chunk on that are zeros before the others
   static constexpr int indices = indexed ? passes : access.gathered ? BK / 32 : 1;
   uint32_t index_[indices] = {};  // see settle()
   int32_t next_[indices] = {};    // entries of row_slot, read ahead
@@ -152,10 +153,13 @@ class Window {
   // The first window of a tile starts at (first_row, first_chunk) of the matrix `data` with `width` chunks a row.
   __device__ void enter(const bf16* data, int width, int64_t first_row, int rows_left, int first_chunk) {
     int row = threadIdx.x / 8, chunk = first_chunk + threadIdx.x % 8;
-    rows_left_ = rows_left - row, chunks_left_ = width - chunk;
+    rows_left_ = rows_left - row, chunks_left_ = width - chunk, rows_skipped_ = 0;
     at_ = reinterpret_cast<const char*>(data) + int64_t(chunk) * 16;
     if constexpr (!access.gathered) at_ += (first_row + row) * width * 16;
   }
+  // The window begins `by` rows earlier, at rows that were there before and are zeros now. look_up() is told by the
+  // caller. Only for the last window of a tile.
+  __device__ void shift(int by) { rows_left_ += by, rows_skipped_ = by - int(threadIdx.x / 8); }
   // There is no further tile: all that is copied from now on is zeros. Nobody reads them, but a step stays a step.
   __device__ void close() { rows_left_ = 0; }
   // Gathered rows are found in two steps, so that nobody waits for row_slot: look_up() starts to read it for the window
@@ -196,7 +200,7 @@ class Window {
     if constexpr (whole)
       copy_async(to, from);
     else
-      copy_async(to, from, row < rows_left_ && chunks_left_ > panel * 8);
+      copy_async(to, from, row < rows_left_ && row >= rows_skipped_ && chunks_left_ > panel * 8);
   }
   __device__ void advance(int width) {
     if constexpr (access.down) {

@@ -1,11 +1,17 @@
 // One MoE layer as a program of its own, planned and run as model.h does it: router, routing plan, experts, combine, and
-// backward; softmax gates renormalised over the chosen, balance loss on, H kept and A computed again (policy `act`),
-// expert gradients as narrow as the weights. Written over the device, so that the CPU can be asked for the same layer.
+// backward; softmax gates renormalised over the chosen, balance loss on, expert gradients as narrow as the weights.
+// Written over the device, so that the CPU can be asked for the same layer.
 #pragma once
 #include <memory>
 
 #include "dev/moe_shapes.h"
 #include "moe/layer.h"
+
+struct LayerSettings {
+  Dispatch dispatch = Dispatch::zero_buffer;
+  Recompute policy = Recompute::act;  // H kept, A computed again
+  bool replays = false;               // tokens go where LayerProgram::replay says
+};
 
 template <class Device>
 struct LayerProgram {
@@ -23,11 +29,15 @@ struct LayerProgram {
   Tensor<int32_t> load;
   Tensor<StepStats> stats;
   Tensor<StepParams> params;
-  Dispatch dispatch;
-  Tensor<Real> out, dinput;  // of the program that ran last
+  LayerSettings settings;
+  Tensor<int32_t> replay;  // (T,K), null unless settings.replays
+  // Of the program that ran last. Gates and choices are intact after forward_backward: router backward reads them, and
+  // nothing is laid over them afterwards.
+  Tensor<Real> out, dinput;
+  MoeSaved<Device> saved;
 
-  LayerProgram(Device& dev, const MoeShape& shape, Dispatch dispatch)
-      : dev(dev), shape(shape), x(dev, plan), dispatch(dispatch) {
+  LayerProgram(Device& dev, const MoeShape& shape, LayerSettings settings)
+      : dev(dev), shape(shape), x(dev, plan), settings(settings) {
     int64_t T = shape.T, C = shape.d, F = shape.n, E = shape.E;
     plan.set_place(0, "moe");
     input = plan.persistent<Real>("x", {T, C}, Category::saved);  // the layer keeps it for backward
@@ -43,6 +53,7 @@ struct LayerProgram {
     load = plan.persistent<int32_t>("load", {E}, Category::workspace);
     stats = plan.persistent<StepStats>("stats", {int64_t(sizeof(StepStats))}, Category::workspace);
     params = plan.persistent<StepParams>("params", {int64_t(sizeof(StepParams))}, Category::workspace);
+    if (settings.replays) replay = plan.persistent<int32_t>("replay", {T, shape.K}, Category::workspace);
     run(forward_only), run(forward_backward);  // no arena yet: this plans
     plan.place();
     arena = std::make_unique<Arena<Device>>(dev, plan, false);
@@ -60,8 +71,8 @@ struct LayerProgram {
                            shape.router(),
                            shape.experts(),
                            0,
-                           Recompute::act,
-                           dispatch,
+                           settings.policy,
+                           settings.dispatch,
                            wg,
                            dwg,
                            {},
@@ -69,11 +80,11 @@ struct LayerProgram {
                            {},
                            0,
                            load,
-                           {},
+                           replay,
                            {},
                            stats,
                            params};
-    MoeSaved<Device> saved;
+    saved = {};
     bool keep = id == forward_backward;
     x.begin(id);
     out = layer.forward(saved, input, residual, keep, Category::workspace, false);
@@ -89,6 +100,15 @@ struct LayerProgram {
   // What is kept between forward and backward.
   size_t saved_bytes() const {
     return plan.layer_bytes(0, "moe", Category::saved) + plan.layer_bytes(0, "moe", Category::metadata);
+  }
+  // What that must be without metadata: x; H but under policy `up`; A under `none`; gathered x where it is materialized.
+  size_t expected_bytes() const {
+    const int64_t R = shape.rows(), C = shape.d, F = shape.n;
+    int64_t elements = shape.T * C;
+    if (settings.policy <= Recompute::act) elements += R * 2 * F;
+    if (settings.policy == Recompute::none) elements += R * F;
+    if (settings.dispatch == Dispatch::materialized) elements += R * C;
+    return size_t(elements) * sizeof(Real);
   }
   size_t metadata_bytes() const { return plan.layer_bytes(0, "moe", Category::metadata); }
   // The workspace that the layer's ops share, without the tensors that are handed in.
