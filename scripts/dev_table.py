@@ -5,7 +5,8 @@
     <!-- end table -->
 
 and shows the newest run that has rows of that bench: a row a variant in the order of the ladder, production last, a
-column a shape, smallest first, in TFLOP/s; then the speed at the largest shape in percent of VARIANT's (default:
+column a shape, smallest first, in TFLOP/s (a rung that this run left out comes with a star from the newest run before it
+that has it); then the speed at the largest shape in percent of VARIANT's (default:
 production). With --check nothing is written: exit 1 with one line where a table differs. Standard library only."""
 import argparse
 import json
@@ -59,10 +60,22 @@ def newest_run(rows, bench):
     return [row for row in rows if (row["run_id"], row["gpu"]) == (newest["run_id"], newest["gpu"])]
 
 
+def older_rows(rows, bench, newest):
+    """Of rungs that the newest run left out: the rows at its shapes, of the newest run that has them."""
+    has, shapes = {row["variant"] for row in newest}, {row["shape"] for row in newest}
+    others = [row for row in rows if row["bench"] == bench and row["gpu"] == newest[-1]["gpu"]
+              and row["variant"][:1].isdigit() and row["variant"] not in has and row["shape"] in shapes]
+    return [row for variant in sorted({row["variant"] for row in others})
+            for row in newest_run([row for row in others if row["variant"] == variant], bench)]
+
+
 def table(rows, bench, relative):
-    rows = newest_run(rows, bench)
+    all_rows, rows = rows, newest_run(rows, bench)
     if not rows:
         return ["not measured yet"]
+    older = older_rows(all_rows, bench, rows)
+    starred, last = {row["variant"] for row in older}, rows[-1]
+    rows = older + rows
     rate = {(row["variant"], row["shape"]): row["tflops"] for row in rows}
     work = {row["shape"]: row["tflops"] * row["ms"] for row in rows}
     shapes = sorted(work, key=lambda shape: work[shape])
@@ -82,9 +95,9 @@ def table(rows, bench, relative):
     heads = ["TFLOP/s", *shapes, f"of {relative} at {shapes[-1]}"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for variant in variants:
-        lines.append("| " + " | ".join([variant, *(cell(variant, s) for s in shapes), percent(variant)]) + " |")
-    last = rows[-1]
-    return [*lines, "", f"{last['gpu'].upper()}, {last['date']}, run {last['run_id']}: `build/{bench}`"]
+        lines.append("| " + " | ".join([variant + "*" * (variant in starred), *(cell(variant, s) for s in shapes), percent(variant)]) + " |")
+    star = f"; * of run {', '.join(sorted({row['run_id'] for row in older}))}" if older else ""
+    return [*lines, "", f"{last['gpu'].upper()}, {last['date']}, run {last['run_id']}: `build/{bench}`{star}"]
 
 
 def with_tables(text, rows, path):

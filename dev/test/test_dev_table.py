@@ -56,6 +56,16 @@ class DevTable(unittest.TestCase):
         self.assertEqual(self.run_on(files, expected, "--check").returncode, 0)
         self.assertIn("| 10_last | - | 780 | 195.0 % |", self.written(files, README.format(" relative=cublaslt")))
 
+    # A rung that the newest run left out comes from the newest run that has it, at the newest run's shapes.
+    def test_older_rungs(self):
+        files = {"a.jsonl": [row("01_slow", "big", 1, 9, run_id="r0", date="2026-11-20"),
+                             row("01_slow", "big", 2, 9, run_id="r1", date="2026-11-22"),
+                             row("01_slow", "huge", 3, 9, run_id="r1", date="2026-11-22"),
+                             row("02_fast", "big", 4, 9, run_id="r1", date="2026-11-22"), row("02_fast", "big", 5, 1)]}
+        text = self.written(files, README.format(" relative=02_fast"))
+        self.assertIn("| TFLOP/s | big | of 02_fast at big |\n|---|---:|---:|\n| 01_slow* | 2 | 40.0 % |\n"
+                      "| 02_fast | 5 | 100.0 % |\n\nH100, 2026-11-23, run r2: `build/b`; * of run r1\n", text)
+
     def written(self, files, text):
         self.assertEqual(self.run_on(files, text).returncode, 0)
         return self.readme.read_text()
