@@ -214,6 +214,7 @@ class Lab {
     std::function<void()> body, prepare = [] {};
     int calls = 1;
   };
+  // Milliseconds of one call of each, in this order; their runs take turns.
   std::vector<Timing> time_in_turns(const std::vector<Timed>& all);
   Timing time(
       const std::function<void()>& body, const std::function<void()>& prepare = [] {}, int calls = 1);

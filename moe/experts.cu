@@ -1,5 +1,6 @@
-// The expert products on the GPU. bf16 goes through tensor cores, Hopper's own way or the one of every GPU since Ampere; float, and bf16 in widths that are not whole 16-byte
-// chunks, through plain kernels with the same rounding points (experts_plain.cu).
+// The expert products on the GPU. bf16 goes through tensor cores, Hopper's own way or the one of every GPU since Ampere;
+// float, and bf16 in widths that are not whole 16-byte chunks, through plain kernels with the same rounding points
+// (experts_plain.cu).
 #include "moe/experts.h"
 
 #include "moe/experts_hopper_kernels.h"
@@ -8,9 +9,9 @@
 
 namespace {
 
-// Tiles of the portable kernels. Per multiply-add, 128 x 256 reads a quarter less from the L2 cache than 128 x 128, but occupies the
-// multiprocessor alone: while it finishes a tile, the tensor cores rest. Where finishing is much work, two smaller
-// blocks that cover for each other do better.
+// Tiles of the portable kernels. Per multiply-add, 128 x 256 reads a quarter less from the L2 cache than 128 x 128, but
+// occupies the multiprocessor alone: while it finishes a tile, the tensor cores rest. Where finishing is much work, two
+// smaller blocks that cover for each other do better.
 using Wide = portable::TileShape<128, 256, 1>;
 using Pair = portable::TileShape<128, 128, 2>;
 

@@ -2,9 +2,10 @@
 // (experts_portable.cuh, experts_hopper.cuh) compute them.
 //
 // As mma and wgmma leave a tile, lane 4*g + t of a warp holds columns 2t and 2t+1 of rows g and g+8 of every 8 columns
-// of a strip of 16 rows: four lanes (a quad) share a row. Stored like that, a row would leave in pieces of 4 bytes. A transpose across the quad
-// gives each of its lanes all 8 columns of one of four neighbouring blocks of 8 instead: 16 bytes a lane as bf16, 64
-// contiguous bytes a quad. A lane then decides for all 8 columns at once whether they are within the matrix.
+// of a strip of 16 rows: four lanes (a quad) share a row. Stored like that, a row would leave in pieces of 4 bytes. A
+// transpose across the quad gives each of its lanes all 8 columns of one of four neighbouring blocks of 8 instead: 16
+// bytes a lane as bf16, 64 contiguous bytes a quad. A lane then decides for all 8 columns at once whether they are within
+// the matrix.
 #pragma once
 #include "moe/experts_tiles.cuh"
 

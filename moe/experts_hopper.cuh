@@ -37,7 +37,9 @@ struct TileShape {
   static constexpr int rows = ping_pong ? BM : BM / 2;  // of a tile that a consumer multiplies
   static constexpr int stage_bytes = (BM + BN) * BK * 2;
   static constexpr int threads = 3 * warpgroup;
-  static_assert(rows % 64 == 0 && BN % 64 == 0);
+  static_assert(rows % 64 == 0 && BN % 64 == 0 && BM <= 256 && BN <= 256);
+  static_assert(BK / cluster % 8 == 0 && BM / cluster % 8 == 0 && BN / cluster % 8 == 0,
+                "parts begin where swizzles do");
 };
 constexpr int max_experts = 512;
 
@@ -70,6 +72,7 @@ class Pipeline {
   static constexpr int other_bytes = 3072;  // barriers, and the starts of TileWalk
   static constexpr int stages = (shared_bytes - other_bytes - staging_bytes) / Shape::stage_bytes;
   static_assert(stages >= 3);
+  static_assert(stages * 16 + consumer_warps * Product::warp_slots * 8 + (max_experts + 1) * 4 <= other_bytes);
   static constexpr Access a_access = Product::a_access, b_access = Product::b_access;
   static constexpr bool gathers = a_access.gathered || b_access.gathered;
   static constexpr int a_bytes = Shape::BM * BK * 2;
@@ -202,6 +205,8 @@ class Pipeline {
         if (Shape::ping_pong && more) at.advance(t.steps), more = walk.next(t, p_);
       }
     }
+    if (Product::warp_bytes > 0 && first_lane())
+      wait_stores_read<0>();  // shared memory outlives the stores that read it
   }
 
  private:
@@ -234,6 +239,8 @@ class Pipeline {
     }
     if constexpr (Shape::ping_pong) arrive_threads(2 - consumer, 2 * warpgroup);
     wait_products<0>();
+#pragma unroll
+    for (auto& strip : acc) hold(strip);
     release(before);
   }
   // Windows that the copy engine brings, k elements along the reduction. Of the shared operand each block of a cluster
@@ -330,6 +337,8 @@ __global__ void __launch_bounds__(Product::Shape::threads, 1)
 template <class Product>
 void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
   using Shape = typename Product::Shape;
+  if (s.R == 0) return;
+  if (s.E > max_experts) fail("experts: ", s.E, " experts, and Hopper's kernels take at most ", max_experts);
   constexpr Access a = Product::a_access, b = Product::b_access;
   Arguments<Product> args{p, {}, {}, {}};
   if constexpr (!a.gathered) {

@@ -16,11 +16,14 @@ bool usable(const GpuBase& dev, const ExpertShape& s);
 // Error that says why where it does not (--experts hopper).
 void require(const GpuBase& dev, const ExpertShape& s);
 
-// Tiles that products can be computed with: where it is not negative GpuBase::expert_tile asks for one of them, and a
-// product that does not come in it takes its largest.
+// Tiles, for measuring: GpuBase::expert_tile, where it is not negative, picks one of them; a product that does not come in
+// it takes 128x256.
 constexpr int tile_choices = 4;
 extern const char* const tile_names[tile_choices];
 
+// The ops of experts.h, on operands that experts.cu describes; partial (ceil(F/64), R) fp32 is what sum_dgates() adds up,
+// gradient (E,C,F) or (E,2F,C) is added to, fp32 where wide, else bf16. For shapes that are usable(). Errors: of the driver
+// that describes tensors, of the launch.
 void up(GpuBase& dev, const grouped::Operands& o, bf16* h, bf16* a, const ExpertShape& s);
 void down(GpuBase& dev, const grouped::Operands& o, bf16* y, const ExpertShape& s);
 void down_backward(GpuBase& dev, const grouped::Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,

@@ -147,7 +147,8 @@ __device__ __forceinline__ void load_box_multicast(uint32_t to, const TensorMap*
       : "memory");
 }
 // cp.async.bulk.tensor (store): the box from shared memory at `from`. What threads wrote there needs
-// fence_async_proxy() in each of them and a barrier first. Belongs to this thread's current bulk group.
+// fence_async_proxy() in each of them and a barrier first. Belongs to this thread's current bulk group; a block waits
+// for its last group (wait_stores_read) before it ends.
 __device__ __forceinline__ void store_box(const TensorMap* map, uint32_t from, int column, int row, int batch) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
                "r"(from), "r"(column), "r"(row), "r"(batch)
@@ -215,6 +216,15 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int pending>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// No instruction: after wait_products() and before d is read, so that the compiler does not move what reads d ahead of
+// the wait, about whose meaning it knows nothing.
+template <int blocks>
+__device__ __forceinline__ void hold(float (&d)[blocks][4]) {
+#pragma unroll
+  for (int j = 0; j < blocks; ++j)
+    asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
 // wgmma.mma_async m64nNk16, bf16 with fp32 accumulators: d (64 x N) = a (64 x 16) b (16 x N), plus d if `accumulate`.

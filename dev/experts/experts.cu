@@ -1,6 +1,6 @@
 // The six expert products, each alone. 0: production. portable: the kernels for every GPU, where production has special
-// ones. 128x128 ... : on Hopper, production with each of its tiles. 1: a thread an element (naive.cuh), timed only where it takes seconds. cublaslt: one product an expert through
-// cuBLASLt, on rows that were gathered beforehand and without what ours fuse (SwiGLU, its backward, the gate gradient).
+// ones. 128x128 ... : on Hopper, production with that tile (a product that does not come in it: with 128x256). 1: a thread
+// an element (naive.cuh), timed only where it takes seconds. cublaslt: one product an expert through cuBLASLt, on rows that were gathered beforehand and without what ours fuse (SwiGLU, its backward, the gate gradient).
 //
 //   build/experts [--shapes olmoe-64x8,mixtral-8x2.up,...] [--variants portable] [--quick]
 #include "dev/experts/buffers.h"
