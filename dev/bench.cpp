@@ -325,7 +325,7 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
   };
   size_t library = 0;  // none
   for (size_t i = c.variants.size(); i-- > 1;)
-    if (c.variants[i].library && !times[i].empty()) library = i;
+    if (c.variants[i].is_library && !times[i].empty()) library = i;
 
   std::printf("%s %s%s\n", bench_.c_str(), c.shape.c_str(),
               c.target_us > 0 ? (", target " + std::to_string(int(c.target_us)) + " us").c_str() : "");
@@ -382,7 +382,7 @@ Variant copy_floor(Lab& lab, Work forward, Work backward) {
   auto copy = [&dev = lab.dev, from, to](double moved) { dev.copy(to, from, size_t(moved / 2)); };
   Variant v{"copy", "cudaMemcpy", [copy, forward] { copy(forward.bytes); }};
   if (backward.bytes > 0) v.backward = [copy, backward] { copy(backward.bytes); };
-  v.library = true, v.checked = false;
+  v.is_library = true, v.checked = false;
   return v;
 }
 

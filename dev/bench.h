@@ -78,7 +78,7 @@ struct Variant {
   std::string name, impl;                 // impl: "ours" for variant 0, "ours-..." or a library's name for the others
   std::function<void()> forward;          // the op, or its forward pass
   std::function<void()> backward = {};    // empty: the op has none, or the variant has not
-  bool library = false;                   // the one that ours are measured against
+  bool is_library = false;                // the one that ours are measured against
   bool checked = true;                    // false: a floor, which computes something else
   std::vector<std::string> missing = {};  // outputs that it does not make
 };

@@ -6,12 +6,6 @@ namespace hopper {
 
 namespace {
 
-using Narrow = TileShape<128, 128, Consumers::ping_pong, 2>;
-using Medium = TileShape<128, 192, Consumers::ping_pong, 2>;
-using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
-using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
-enum Choice { narrow, medium, wide, tall };
-
 // With the tile asked for, where the product comes in it: sums over rows go on for long and want the least traffic; slots
 // for h (experts_staged.cuh) leave no registers for the accumulators of the medium tile.
 template <template <class> class Product, class... Outputs>
@@ -69,7 +63,7 @@ void up(GpuBase& dev, const Operands& o, bf16* h, bf16* a, const ExpertShape& s)
   run_with<StagedUp>(dev, wide, s, o, h, a);
 }
 void down(GpuBase& dev, const Operands& o, bf16* y, const ExpertShape& s) {
-  run_with<Down>(dev, s.F > 2048 ? wide : medium, s, o, y);
+  run_with<Down>(dev, down_tile(s), s, o, y);
 }
 void down_backward(GpuBase& dev, const Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,
                    const float* gates, const int32_t* slot_of_row, const ExpertShape& s) {

@@ -41,6 +41,14 @@ struct TileShape {
   static_assert(BK / cluster % 8 == 0 && BM / cluster % 8 == 0 && BN / cluster % 8 == 0,
                 "parts begin where swizzles do");
 };
+// The tiles that there are, in the order of tile_names (experts_hopper_kernels.h).
+using Narrow = TileShape<128, 128, Consumers::ping_pong, 2>;
+using Medium = TileShape<128, 192, Consumers::ping_pong, 2>;
+using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
+using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
+enum Tile { narrow, medium, wide, tall };
+inline Tile down_tile(const ExpertShape& s) { return s.F > 2048 ? wide : medium; }  // of y = a W2^T
+
 constexpr int max_experts = 512;
 
 template <class Product>
@@ -333,9 +341,10 @@ __global__ void __launch_bounds__(Product::Shape::threads, 1)
 #endif
 }
 
-// The operands of `product` are matrices of s.R rows, or of s.E experts.
+// The operands of `product` are matrices of s.R rows, or of s.E experts, which follow one another, or, where it is not 0,
+// b_stride elements apart (b a part of each expert's weight).
 template <class Product>
-void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
+void run(GpuBase& dev, const Product& p, const ExpertShape& s, int64_t b_stride = 0) {
   using Shape = typename Product::Shape;
   if (s.R == 0) return;
   if (s.E > max_experts) fail("experts: ", s.E, " experts, and Hopper's kernels take at most ", max_experts);
@@ -348,7 +357,8 @@ void run(GpuBase& dev, const Product& p, const ExpertShape& s) {
   if constexpr (!b.gathered) {
     const int64_t width = b.down ? p.N : p.depth;
     const int64_t batches = Product::sums_rows ? 1 : s.E, rows = Product::sums_rows ? s.R : b.down ? p.depth : p.N;
-    args.b = tensor_map(p.b, batches, rows, width, rows * width, (b.down ? BK : Shape::BN) / Shape::cluster);
+    args.b = tensor_map(p.b, batches, rows, width, b_stride ? b_stride : rows * width,
+                        (b.down ? BK : Shape::BN) / Shape::cluster);
   }
   Product::describe(args.staged, p, s);
   launch_clusters(dev, grouped_product<Product>, Shape::cluster,

@@ -53,17 +53,21 @@ def ratios(ours, others):
     return " / ".join(f"{ratio} ({name})" for ratio, name in cells)
 
 
-def table(rows):
-    """Rows of one run -> lines. Of several rows of a shape and an implementation the last counts."""
+def arranged(rows):
+    """Rows of one run -> {shape: {implementation: row}}, the last of several rows, the peers in order, GPU and date."""
     shapes = {}
     for row in rows:
         shapes.setdefault(row["shape"], {})[row["impl"]] = row
     found = {impl for by_impl in shapes.values() for impl in by_impl}
     peers = {impl for impl in found if impl != CEILING and impl != "ours" and not impl.startswith("ours-")}
     peers = [p for p in ORDER if p in peers] + sorted(peers - set(ORDER))
-
     gpu = max((str(row.get("gpu", "")) for row in rows), key=len)  # some rows have its short name only
-    date = max(str(row.get("date", "")) for row in rows)
+    return shapes, peers, gpu, max(str(row.get("date", "")) for row in rows)
+
+
+def table(rows):
+    """Rows of one run -> lines."""
+    shapes, peers, gpu, date = arranged(rows)
     lines = [f"{gpu}, {date}, run {rows[0]['run_id']}: TFLOP/s forward / forward+backward, MiB kept between the two", ""]
     heads = ["shape", "ours", *peers, "ours to the best peer", "products alone", "ours to these"]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -82,20 +86,16 @@ COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e3
 
 def chart(rows):
     """The same run as bars of forward+backward TFLOP/s in an SVG, the products alone as a line across each group."""
-    shapes = {}
-    for row in rows:
-        shapes.setdefault(row["shape"], {})[row["impl"]] = row
-    peers = [p for p in ORDER if any(p in by_impl for by_impl in shapes.values())]
+    shapes, peers, gpu, date = arranged(rows)
     names, rate = ["ours", *peers], RATES[1]
     top = max(row[rate] for by_impl in shapes.values() for name, row in by_impl.items() if name in names or name == CEILING)
     bar, gap, height, left, head = 18, 26, 240, 44, 46
     group = bar * len(names) + gap
     width = left + group * len(shapes) + 10
     y = lambda value: head + height * (1 - value / (top * 1.05))
-    gpu = max((str(row.get("gpu", "")) for row in rows), key=len)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{head + height + 34}" font-family="sans-serif" font-size="11">',
            '<rect width="100%" height="100%" fill="white"/>',
-           f'<text x="{left}" y="14">One MoE layer, forward+backward, TFLOP/s; {gpu}, {max(str(row.get("date", "")) for row in rows)}</text>']
+           f'<text x="{left}" y="14">One MoE layer, forward+backward, TFLOP/s; {gpu}, {date}</text>']
     x = left
     for i, name in enumerate(names):
         out.append(f'<rect x="{x}" y="24" width="10" height="10" fill="{COLORS[i % len(COLORS)]}"/><text x="{x + 14}" y="33">{name}</text>')

@@ -107,7 +107,7 @@ Case make_loop(Lab& lab, const Shape& s) {
   Variant products{"products", "cublaslt", [=, &dev] {
                      products_alone(dev, dx, dweight, logits, product_scratch, x, weight, N, C, Vp, chunk);
                    }};
-  products.library = true, products.checked = false;
+  products.is_library = true, products.checked = false;
   c.variants.push_back(products);
   c.reference = [=, &lab] {
     Cpu<double> cpu;

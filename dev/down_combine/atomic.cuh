@@ -7,10 +7,6 @@
 
 namespace down_combine {
 
-using hopper::Consumers;
-using Medium = hopper::TileShape<128, 192, Consumers::ping_pong, 2>;
-using Wide = hopper::TileShape<128, 256, Consumers::cooperative, 2>;
-
 // row_slot and slots of the operands say where a row belongs, not where it is read: nothing is gathered.
 template <class Shape_>
 struct Scatter : grouped::Operands {
@@ -52,10 +48,10 @@ inline void atomic(GpuBase& dev, bf16* out, float* sum, const bf16* a, const bf1
   const int64_t n = s.R / s.K * s.C;
   dev.zero(sum, size_t(n) * sizeof(float));
   const grouped::Operands o{a, w2, offsets, row_slot, grouped::Divisor(s.K), int(s.E), 0, int(s.C), int(s.F)};
-  if (s.F > 2048)  // as production chooses
-    hopper::run(dev, hopper::Direct<Scatter<Wide>>{{o, sum, gates}}, s);
+  if (hopper::down_tile(s) == hopper::wide)
+    hopper::run(dev, hopper::Direct<Scatter<hopper::Wide>>{{o, sum, gates}}, s);
   else
-    hopper::run(dev, hopper::Direct<Scatter<Medium>>{{o, sum, gates}}, s);
+    hopper::run(dev, hopper::Direct<Scatter<hopper::Medium>>{{o, sum, gates}}, s);
   atomics::launch_add_residual(dev, out, sum, residual, n);
 }
 

@@ -8,26 +8,13 @@
 
 namespace down_combine {
 
-template <int BN>
-using ChunkTile =
-    hopper::TileShape<128, BN, BN == 256 ? hopper::Consumers::cooperative : hopper::Consumers::ping_pong, 2>;
-
-// y (R,width) = a W2[e]^T for the columns [first, first + width): hopper::run(), but what it multiplies with is a part
-// of the rows of every W2.
-template <int BN>
+// y (R,width) = a W2[e]^T for the columns [first, first + width): a part of the rows of every W2.
+template <class Shape>
 void down_columns(GpuBase& dev, bf16* y, const bf16* a, const bf16* w2, const int32_t* offsets, const ExpertShape& s,
                   int64_t first, int64_t width) {
-  using Shape = ChunkTile<BN>;
-  using Product = hopper::StagedRows<Shape, false>;
-  const bf16* part = w2 + first * s.F;
-  const Product p{{{a, part, offsets, nullptr, grouped::Divisor(1), int(s.E), 0, int(width), int(s.F)}, y}};
-  hopper::Arguments<Product> args{p, {}, {}, {}};
-  args.a = hopper::tensor_map(a, 1, s.R, s.F, s.R * s.F, Shape::BM);
-  args.b = hopper::tensor_map(part, s.E, width, s.F, s.C * s.F, Shape::BN / Shape::cluster);
-  Product::describe(args.staged, p, s);
-  hopper::launch_clusters(dev, hopper::grouped_product<Product>, Shape::cluster,
-                          dim3(unsigned(dev.multiprocessors / Shape::cluster * Shape::cluster)), dim3(Shape::threads),
-                          size_t(hopper::Pipeline<Product>::shared), args);
+  const grouped::Operands o{a, w2 + first * s.F, offsets, nullptr, grouped::Divisor(1), int(s.E),
+                            0, int(width),       int(s.F)};
+  hopper::run(dev, hopper::StagedRows<Shape, false>{{o, y}}, s, s.C * s.F);
 }
 
 // out = residual + sum over k of gate * y, of the columns that y (R,width) has; out and residual are rows of C. A warp a
@@ -71,7 +58,7 @@ inline void chunked(GpuBase& dev, bf16* out, bf16* y, const bf16* a, const bf16*
   const int64_t N = s.R / s.K;
   for (int64_t first = 0; first < s.C; first += chunk) {
     const int64_t width = std::min(chunk, s.C - first);
-    const auto down = width % 256 == 0 ? down_columns<256> : down_columns<128>;
+    const auto down = width % 256 == 0 ? down_columns<hopper::Wide> : down_columns<hopper::Narrow>;
     down(dev, y, a, w2, offsets, s, first, width);
     launch(dev, combine_columns, unsigned(ceil_div(N, chunk_warps)), chunk_warps * 32, 0, out + first, y,
            residual + first, gates, slot_row, N, int(s.K), width, s.C);

@@ -128,7 +128,7 @@ Case make(Lab& lab, const Shape& shape) {
   if (c.forward.flops < 4e11 || !lab.options.variants.empty())
     c.variants.push_back({"naive", "ours-naive", [=, &dev] { simple(dev, p, b); }});
   Variant products{"cublaslt", "cublaslt", [=, &dev] { library(dev, p, b, library_scratch); }};
-  products.library = true, products.checked = p != Product::down_backward;
+  products.is_library = true, products.checked = p != Product::down_backward;
   if (p == Product::up) products.missing = {"a"};
   c.variants.push_back(products);
   c.reference = [=, &lab] { return reference(lab, p, b); };

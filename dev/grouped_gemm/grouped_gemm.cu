@@ -68,7 +68,7 @@ Case make(Lab& lab, const MoeShape& shape) {
     if ((hopper || !rung.hopper) && (c.forward.flops < rung.most_flops || !lab.options.variants.empty()))
       c.variants.push_back({rung.name, std::string("ours-") + rung.name, [=, &dev, &rung] { rung.up(dev, b); }});
   Variant products{"cublaslt", "cublaslt", [=, &dev] { library(dev, b, scratch); }};
-  products.library = true;
+  products.is_library = true;
   c.variants.push_back(products);
   c.reference = [=, &lab] { return reference(lab, Product::up, b); };
   return c;

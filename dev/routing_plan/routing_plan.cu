@@ -45,7 +45,7 @@ Case make(Lab& lab, const Shape& s) {
   c.variants.push_back(
       {"naive", "ours-naive", [=, &dev] { launch(dev, naive::plan, 1, 128, 0, plan, chosen, R, int(E)); }});
   Variant cub{"cub", "cub", [=, &dev] { cub_sort::plan(dev, plan, b, chosen, R, int(E)); }};
-  cub.library = true;
+  cub.is_library = true;
   c.variants.push_back(cub);
   c.reference = [=] {
     return Values{Lab::to(routing.counts), Lab::to(routing.offsets), Lab::to(routing.row_slot),
