@@ -69,13 +69,17 @@ Options parse_options(int argc, char** argv, std::map<std::string, std::string> 
   for (int i = 1; i < argc; ++i) {
     std::string option = argv[i];
     if (option == "--help" || option == "-h") {
-      std::printf("options: --shapes A,B  --variants A,B  --quick  --out FILE  --run-id ID\n");
+      std::printf("options: --shapes A,B  --variants A,B  --quick  --check-only  --out FILE  --run-id ID\n");
       for (auto& [name, value] : o.own)
         std::printf("         --%s VALUE (default: %s)\n", name.c_str(), value.empty() ? "none" : value.c_str());
       std::exit(0);
     }
     if (option == "--quick") {
       o.quick = true;
+      continue;
+    }
+    if (option == "--check-only") {
+      o.check_only = true;
       continue;
     }
     if (!option.starts_with("--")) fail("'", option, "' is not an option (see --help)");
@@ -228,7 +232,11 @@ double Lab::matmul_rate() {
   return matmul_rate_;
 }
 double Lab::floor_ms(Work work) {
-  return 1e3 * (work.flops > 0 ? work.flops / matmul_rate() : work.bytes / copy_bandwidth());
+  double seconds = 0;
+  if (work.flops > 0) seconds = std::max(seconds, work.flops / matmul_rate());
+  if (work.bytes > 0) seconds = std::max(seconds, work.bytes / copy_bandwidth());
+  if (work.fp32_flops > 0) seconds = std::max(seconds, work.fp32_flops / fp32_rate(dev));
+  return 1e3 * seconds;
 }
 
 void Lab::fail_with(const std::string& line) {
@@ -313,8 +321,7 @@ void Lab::check_and_measure(const Case& c) {
 }
 
 void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, const std::vector<bool>& good) {
-  const Work works[3] = {
-      c.forward, c.backward, {c.forward.flops + c.backward.flops, c.forward.bytes + c.backward.bytes}};
+  const Work works[3] = {c.forward, c.backward, c.forward + c.backward};
   floor_ms(works[2]);  // the ceilings are measured, and printed, before the table
   bool two_passes = bool(c.variants[0].backward);
   const char* passes[3] = {"fwd", "bwd", "fwdbwd"};
@@ -329,14 +336,16 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
 
   std::printf("%s %s%s\n", bench_.c_str(), c.shape.c_str(),
               c.target_us > 0 ? (", target " + std::to_string(int(c.target_us)) + " us").c_str() : "");
-  std::printf("  %-18s %-7s %10s %10s %10s %9s %9s %10s %10s\n", "variant", "pass", "ms", "p10", "p90", "rate",
-              "% ceiling", "x ours", "x library");
+  std::printf("  %-18s %-7s %10s %10s %10s %9s %9s %10s %10s %10s\n", "variant", "pass", "ms", "p10", "p90", "rate",
+              "% ceiling", "predicted", "x ours", "x library");
   for (size_t i = 0; i < c.variants.size(); ++i) {
     if (times[i].empty()) continue;
     const Variant& v = c.variants[i];
     Record r;
     r.set("bench", bench_).set("shape", c.shape).set("impl", v.impl).set("variant", v.name);
     double percent = 0;
+    Work own[3] = {v.forward_work ? v.forward_work : works[0], v.backward_work ? v.backward_work : works[1]};
+    own[2] = own[0] + own[1];
     for (size_t pass = 0; pass < times[i].size(); ++pass) {
       const Timing& t = times[i][pass];
       const Work& w = works[pass];
@@ -346,8 +355,11 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
       r.set(prefix + "ms", t.median);
       r.set(w.flops > 0 ? prefix + "tflops" : prefix + "gbps", rate);
       if (two_passes) r.set(prefix + "percent_of_ceiling", percent);
-      std::printf("  %-18s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%%", v.name.c_str(), two_passes ? passes[pass] : "",
-                  t.median, t.p10, t.p90, rate, w.flops > 0 ? "TF" : "GB", percent);
+      r.set(prefix + "floor_ms", floor_ms(w)).set(prefix + "predicted_ms", floor_ms(own[pass]));
+      r.set(prefix + "predicted_bytes", own[pass].bytes);
+      r.set(prefix + "predicted_flops", own[pass].flops + own[pass].fp32_flops);
+      std::printf("  %-18s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%% %10.4f", v.name.c_str(), two_passes ? passes[pass] : "",
+                  t.median, t.p10, t.p90, rate, w.flops > 0 ? "TF" : "GB", percent, floor_ms(own[pass]));
       if (pass + 1 == times[i].size()) {
         std::printf(" %10.2f", ratio(0, i));
         if (library) std::printf(" %10.2f", ratio(library, i));

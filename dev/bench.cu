@@ -29,6 +29,14 @@ double EventLog::ms(size_t from, size_t to) const {
   return ms;
 }
 
+double fp32_rate(const GpuBase& dev) {
+  int device = 0, kilohertz = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, device));
+  const int cores = dev.capability == 80 ? 64 : 128;  // of a multiprocessor
+  return 2e3 * kilohertz * cores * dev.multiprocessors;
+}
+
 // ---- random values ----
 
 namespace {

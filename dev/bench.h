@@ -33,6 +33,7 @@ struct Options {
   std::string run_id;                         // marks the lines of one run; default: $RUN_ID, else the time
   std::vector<std::string> shapes, variants;  // those to run; empty: all
   bool quick = false;                         // few timed runs
+  bool check_only = false;                    // step 1 alone, as the memory and race checkers want it
   std::map<std::string, std::string> own;     // options of this program alone, by name without the dashes
 
   int64_t number(const std::string& name) const;
@@ -74,6 +75,15 @@ inline Output exact_output(std::string name, int32_t* data, int64_t n) {
   return {std::move(name), data, DType::i32, n, 0, Before::poison, 0, 0};
 }
 
+// What has to be done. The floor of the time is the largest of: operations on tensor cores over the rate of a matrix
+// product, fp32 operations (a multiply-add is two) over the rate of the CUDA cores, bytes read and written in global
+// memory over the rate of a copy.
+struct Work {
+  double flops = 0, bytes = 0, fp32_flops = 0;
+  explicit operator bool() const { return flops > 0 || bytes > 0 || fp32_flops > 0; }
+  Work operator+(const Work& o) const { return {flops + o.flops, bytes + o.bytes, fp32_flops + o.fp32_flops}; }
+};
+
 struct Variant {
   std::string name, impl;                 // impl: "ours" for variant 0, "ours-..." or a library's name for the others
   std::function<void()> forward;          // the op, or its forward pass
@@ -81,10 +91,9 @@ struct Variant {
   bool is_library = false;                // the one that ours are measured against
   bool checked = true;                    // false: a floor, which computes something else
   std::vector<std::string> missing = {};  // outputs that it does not make
-};
-
-struct Work {
-  double flops = 0, bytes = 0;  // flops not 0: the ceiling is the matrix product's; else the copy's
+  // What this variant moves and computes, beyond what the op must: the prediction that its time is held against.
+  // Nothing: the case's.
+  Work forward_work = {}, backward_work = {};
 };
 
 using Values = std::vector<std::vector<double>>;  // one entry an output
@@ -126,7 +135,9 @@ struct Timing {
 };
 Timing percentiles(std::vector<double> ms);
 
-// ---- device kernels of the frame (bench.cu) ----
+// ---- device code of the frame (bench.cu) ----
+
+double fp32_rate(const GpuBase& dev);  // operations a second of the CUDA cores at the highest clock
 
 // p (n) = mean + scale * N(0,1): a function of (stream, index) alone.
 void fill_normal(GpuBase& dev, bf16* p, int64_t n, double scale, double mean, uint64_t stream);
@@ -261,7 +272,7 @@ int run_family(int argc, char** argv, const char* name, const std::vector<Shape>
       try {
         lab.check_reference(make(lab, reduced(shape)));
         lab.release();
-        lab.check_and_measure(make(lab, shape));
+        if (!lab.options.check_only) lab.check_and_measure(make(lab, shape));
       } catch (const std::bad_alloc&) {
         lab.fail_with(std::string(name) + " " + shape.name + ": this GPU has no room for it");
       }
