@@ -358,8 +358,9 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
       r.set(prefix + "floor_ms", floor_ms(w)).set(prefix + "predicted_ms", floor_ms(own[pass]));
       r.set(prefix + "predicted_bytes", own[pass].bytes);
       r.set(prefix + "predicted_flops", own[pass].flops + own[pass].fp32_flops);
-      std::printf("  %-18s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%% %10.4f", v.name.c_str(), two_passes ? passes[pass] : "",
-                  t.median, t.p10, t.p90, rate, w.flops > 0 ? "TF" : "GB", percent, floor_ms(own[pass]));
+      std::printf("  %-18s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%% %10.4f", v.name.c_str(),
+                  two_passes ? passes[pass] : "", t.median, t.p10, t.p90, rate, w.flops > 0 ? "TF" : "GB", percent,
+                  floor_ms(own[pass]));
       if (pass + 1 == times[i].size()) {
         std::printf(" %10.2f", ratio(0, i));
         if (library) std::printf(" %10.2f", ratio(library, i));
