@@ -1,4 +1,5 @@
-// Attention backward in bf16 on tensor cores, with the same bits every time.
+// Attention backward in bf16 on tensor cores, for every GPU since Ampere, with the same bits every time (Hopper has its
+// own: attention_hopper_backward.cu).
 //
 // With P = exp(S - lse) and dP = dO V^T, the gradients are
 //   dV = P^T dO,   dS = P * (dP - D) * scale with D = rowsum(dO * O),   dK = dS^T Q,   dQ = dS K
@@ -14,12 +15,11 @@
 // queries from its diagonal on, the block with the later keys is ahead from the start, and waits are short. They always
 // end: blocks draw their work from a counter that hands out later keys first, so that whoever is waited for already
 // runs, and its own waits are for still later keys.
-#include "llmc/attention_tile.cuh"
+#include "llmc/attention_backward.cuh"
+#include "llmc/attention_hopper.h"
 
 namespace {
 using namespace attention_tile;
-
-constexpr int row_padding = 64;  // rows of lse and D are padded to whole tiles of queries
 
 template <int HD_, int queries_, int warps_>
 struct BackwardShape {
@@ -40,69 +40,6 @@ struct BackwardShape {
   static constexpr int row_bytes = queries * 4;
   static constexpr int shared_bytes = 2 * k_bytes + 4 * q_bytes + 2 * ds_bytes + 4 * row_bytes;
 };
-
-// What is laid out in scratch.
-struct BackwardScratch {
-  int *ticket, *turns;          // turns (B*NH, tiles of queries): shares of dQ that are in
-  float *lse2, *D;              // (B*NH, padded_T): lse in units of log2, D; plus infinity and 0 in the padding
-  float* dq;                    // (B*NH, tiles of queries) blocks of partial dQ, each as its threads hold it
-  size_t counter_bytes, bytes;  // of ticket and turns; of everything
-  BackwardScratch(void* scratch, int64_t B, int64_t T, HeadShape heads, int64_t queries) {
-    int64_t padded_T = ceil_div(T, row_padding) * row_padding, tiles = padded_T / queries, BH = B * heads.n_head;
-    bytes = 0;
-    auto take = [&](auto*& part, int64_t n) {
-      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(reinterpret_cast<uintptr_t>(scratch) + bytes);
-      bytes += size_t(ceil_div(n * int64_t(sizeof(*part)), 256) * 256);
-    };
-    take(ticket, 1);
-    take(turns, BH * tiles);
-    counter_bytes = bytes;
-    take(lse2, BH * padded_T);
-    take(D, BH * padded_T);
-    take(dq, BH * padded_T * heads.head_dim);
-  }
-};
-
-// lse2 and D. A few lanes share a row of a head; rows past the end get lse = infinity, which makes their P, and with D
-// = 0 their dS, vanish.
-template <int HD>
-__global__ void attention_rowsum_kernel(float* lse2, float* D, const bf16* dout, const bf16* o, const float* lse,
-                                        Sizes size, int padded_T) {
-  constexpr int lanes = HD % 64 == 0 ? 8 : HD % 32 == 0 ? 4 : 2;
-  const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;  // (B, padded_T, NH)
-  const int part = threadIdx.x % lanes, h = int(row % size.NH), t = int(row / size.NH % padded_T);
-  const int64_t b = row / size.NH / padded_T;
-  if (b >= size.B) return;
-  const bool inside = t < size.T;
-  const int64_t n = b * size.T + t;
-  float sum = 0;
-  if (inside) {
-#pragma unroll
-    for (int i = 0; i < HD / 8 / lanes; ++i) {
-      int64_t at = n * size.o_stride + h * HD + (i * lanes + part) * 8;
-      Pack<bf16> x = *reinterpret_cast<const Pack<bf16>*>(dout + at), y = *reinterpret_cast<const Pack<bf16>*>(o + at);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) sum = fmaf(x[c], y[c], sum);
-    }
-  }
-  const unsigned mask = __activemask();  // blocks end at a multiple of `lanes`: the lanes of a row are all here
-#pragma unroll
-  for (int step = lanes / 2; step; step /= 2) sum += __shfl_xor_sync(mask, sum, step);
-  if (part == 0) {
-    int64_t to = (b * size.NH + h) * padded_T + t;
-    lse2[to] = inside ? lse[n * size.NH + h] * log2_e : INFINITY;
-    D[to] = sum;
-  }
-}
-
-__device__ __forceinline__ int read_turn(const int* turn) {
-  int v;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(turn) : "memory");
-  return v;
-}
-__device__ __forceinline__ void write_turn(int* turn, int v) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(v) : "memory");
-}
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
@@ -351,22 +288,21 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 template <class Shape>
 void run_backward(Gpu<bf16>& dev, bf16* dqkv, void* scratch, const bf16* dout, const bf16* o, const float* lse,
                   const bf16* qk, const bf16* qkv, int64_t B, int64_t T, HeadShape heads) {
-  constexpr int HD = Shape::HD, rowsum_lanes = HD % 64 == 0 ? 8 : HD % 32 == 0 ? 4 : 2;
   BackwardScratch parts(scratch, B, T, heads, Shape::queries);
   Sizes size(B, T, heads);
   int64_t padded_T = ceil_div(T, row_padding) * row_padding;
-  CUDA_CHECK(cudaMemsetAsync(scratch, 0, parts.counter_bytes, dev.stream));
-  launch(dev, attention_rowsum_kernel<HD>, dim3(unsigned(ceil_div(B * padded_T * heads.n_head * rowsum_lanes, 256))),
-         256, 0, parts.lse2, parts.D, dout, o, lse, size, int(padded_T));
+  prepare_backward<Shape::HD>(dev, parts, dout, o, lse, B, T, heads);
   launch(dev, attention_backward_kernel<Shape>, dim3(unsigned(ceil_div(T, Shape::keys) * B * heads.n_kv_head)),
          Shape::threads, Shape::shared_bytes, dqkv, parts, dout, qk, qkv, size, int(padded_T),
-         float(1 / std::sqrt(double(HD))));
+         float(1 / std::sqrt(double(Shape::HD))));
 }
 }  // namespace
 
 template <>
 void attention_backward(Gpu<bf16>& dev, bf16* dqkv, void* scratch, const bf16* dout, const bf16* o, const float* lse,
                         const bf16* qk, const bf16* qkv, int64_t B, int64_t T, HeadShape heads) {
+  if (attention_hopper::usable(dev, heads))
+    return attention_hopper::backward(dev, dqkv, scratch, dout, o, lse, qk, qkv, B, T, heads);
   with_head_dim(heads.head_dim, [&](auto head_dim) {
     constexpr int HD = decltype(head_dim)::value;
     using Large = BackwardShape<HD, 64, 8>;

@@ -6,6 +6,7 @@
 //   O += P V                     P goes from C to A in registers
 // and divides by the sum at the end. The tile after the current one is being copied meanwhile. Only tiles on or below
 // the diagonal are visited, and only those on the diagonal are masked.
+#include "llmc/attention_hopper.h"
 #include "llmc/attention_tile.cuh"
 
 namespace {
@@ -171,13 +172,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 }  // namespace
 
 template <>
-void attention_forward(Gpu<bf16>& dev, bf16* o, float* lse, void*, const bf16* qk, const bf16* qkv, int64_t B,
+void attention_forward(Gpu<bf16>& dev, bf16* o, float* lse, void* scratch, const bf16* qk, const bf16* qkv, int64_t B,
                        int64_t T, HeadShape heads) {
+  if (attention_hopper::usable(dev, heads))
+    return attention_hopper::forward(dev, o, lse, scratch, qk, qkv, B, T, heads);
   with_head_dim(heads.head_dim, [&](auto head_dim) {
     using Shape = ForwardShape<decltype(head_dim)::value>;
-    // Query heads whose keys and values take half of a 50 MB L2 cache.
-    int64_t group = heads.n_head / heads.n_kv_head, kv_bytes = std::max<int64_t>(1, T * heads.head_dim * 4);
-    int64_t section = std::max<int64_t>(1, std::min((int64_t(25) << 20) / kv_bytes * group, B * heads.n_head));
+    int64_t section = head_section(B, T, heads);
     int64_t blocks = ceil_div(T, Shape::queries) * B * heads.n_head;
     launch(dev, attention_forward_kernel<Shape>, dim3(unsigned(blocks)), Shape::threads, Shape::shared_bytes, o, lse,
            qk, qkv, Sizes(B, T, heads), int(section), float(log2_e / std::sqrt(double(heads.head_dim))));

@@ -141,6 +141,12 @@ struct Sizes {
         o_stride(heads.q_width()) {}
 };
 
+// Query heads whose keys and values take half of a 50 MB L2 cache: they are worked on together.
+inline int64_t head_section(int64_t B, int64_t T, HeadShape heads) {
+  int64_t group = heads.n_head / heads.n_kv_head, kv_bytes = std::max<int64_t>(1, T * heads.head_dim * 4);
+  return std::max<int64_t>(1, std::min((int64_t(25) << 20) / kv_bytes * group, B * heads.n_head));
+}
+
 // Calls f(std::integral_constant<int, head_dim>).
 template <class F>
 void with_head_dim(int64_t head_dim, F f) {

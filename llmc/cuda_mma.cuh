@@ -1,5 +1,5 @@
 // The instructions of tensor cores since Ampere: copies into shared memory that run beside the computation, loads of
-// 8x8 matrices, and the product of a warp. (Hopper's own are in moe/hopper.cuh.)
+// 8x8 matrices, and the product of a warp. (Hopper's own are in llmc/hopper.cuh.)
 #pragma once
 #include "llmc/cuda_common.cuh"
 

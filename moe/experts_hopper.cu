@@ -36,18 +36,10 @@ const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping
                                               "256x128 cooperative"};
 
 namespace {
-bool is_compiled() {  // sm_90a code, and not PTX of an older architecture translated by the driver
-  static const bool compiled = [] {
-    cudaFuncAttributes attributes;
-    CUDA_CHECK(cudaFuncGetAttributes(&attributes, grouped_product<Down<Narrow>>));
-    return attributes.ptxVersion >= 90;
-  }();
-  return compiled;
-}
 bool fits(const ExpertShape& s) { return s.E <= max_experts && s.C % 8 == 0 && s.F % 8 == 0; }
 }  // namespace
 
-bool usable(const GpuBase& dev, const ExpertShape& s) { return dev.capability == 90 && fits(s) && is_compiled(); }
+bool usable(const GpuBase& dev, const ExpertShape& s) { return usable(dev) && fits(s); }
 void require(const GpuBase& dev, const ExpertShape& s) {
   if (dev.capability != 90)
     fail("--experts hopper: ", dev.gpu_name, " is not a Hopper GPU (compute capability 9.0); use auto or portable");

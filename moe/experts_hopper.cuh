@@ -5,7 +5,7 @@
 //
 //   producer   for each tile of this block, for each step of 64 along the reduction:
 //                wait until the stage of the ring is empty
-//                ask the copy engine for the operand that lies in rows as it is wanted (one thread)
+//                ask TMA for the operand that lies in rows as it is wanted (one thread)
 //                copy the gathered operand by cp.async, 16 bytes at a time (all 128 threads)
 //                either way the bytes arrive at the stage's `full` barrier by themselves
 //   consumers  for each tile:
@@ -19,7 +19,7 @@
 //
 // What limits a pipeline like this is how fast the L2 cache feeds the multiprocessors: about 41 bytes a cycle each, while
 // the tensor cores use up 48 at 128 x 256 and 64 at 128 x 128. Two blocks in a cluster therefore take neighbouring
-// tiles and read the operand that these share, which is not the gathered one, only once: each asks the copy engine for
+// tiles and read the operand that these share, which is not the gathered one, only once: each asks TMA for
 // half of it, to be delivered to both. A stage is empty when the consumers of both blocks say so.
 #pragma once
 #include "moe/experts.h"
@@ -142,7 +142,7 @@ class Pipeline {
       t = next;
       more = walk.next(next, p_);
       const int rows = t.row_end - t.first_row;
-      // The copy engine knows where a tensor ends, not where an expert does. Where both operands go over an expert's
+      // TMA knows where a tensor ends, not where an expert does. Where both operands go over an expert's
       // rows, the last window therefore begins early enough to end with the expert, and the rows that it repeats are
       // zeros in the gathered operand; an expert of fewer rows than a window is copied by threads.
       const bool short_expert = Product::sums_rows && rows < BK;
@@ -251,7 +251,7 @@ class Pipeline {
     for (auto& strip : acc) hold(strip);
     release(before);
   }
-  // Windows that the copy engine brings, k elements along the reduction. Of the shared operand each block of a cluster
+  // Windows that TMA brings, k elements along the reduction. Of the shared operand each block of a cluster
   // asks for its part, half of the rows that lie in shared memory, for all blocks. The warps that are there share the
   // panels among them.
   __device__ void load_boxes(const WorkTile& t, int k, uint32_t to, uint32_t full) const {

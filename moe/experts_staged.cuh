@@ -1,13 +1,13 @@
 // Finishing tiles on Hopper by way of shared memory. A warp rounds and combines its accumulators, lays them down in a
-// slot of its own with stmatrix, and the copy engine carries them away while the warp goes on: no shuffles, no waiting,
+// slot of its own with stmatrix, and TMA carries them away while the warp goes on: no shuffles, no waiting,
 // no barrier between warps. A piece is 16 rows (a warp's strip) and 64 columns of the product, or 32 where h comes in
 // the same way.
 //
-// What the copy engine stores is a box, and a box that passes an expert's last row would overwrite the next expert's:
+// What TMA stores is a box, and a box that passes an expert's last row would overwrite the next expert's:
 // such a piece is stored by the lanes, from the same slot.
 #pragma once
 #include "moe/experts_epilogue.cuh"
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace hopper {
 

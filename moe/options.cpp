@@ -158,8 +158,9 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   group("Debugging");
   app.add_flag("--plain-matmul", o.plain_matmul, "our own plain products instead of the matmul library");
   app.add_flag("--no-graphs", o.no_graphs, "cuda: launch op by op instead of replaying captured graphs (same bits)");
-  app.add_option("--experts", o.experts,
-                 "cuda: the expert products' kernels: auto, hopper, or portable (every GPU since Ampere)");
+  app.add_option(
+      "--experts", o.experts,
+      "cuda: kernels of the expert products and of attention: auto, hopper, or portable (every GPU since Ampere)");
   return declared;
 }
 

@@ -1,4 +1,4 @@
-// Rung 4: Hopper's own instructions. The copy engine (TMA) brings whole tiles to shared memory at the request of one
+// Rung 4: Hopper's own instructions. TMA, the tensor memory accelerator, brings whole tiles to shared memory at the request of one
 // thread, and wgmma multiplies them from there: 64 x 128 x 16 in one instruction of a warpgroup, four warps.
 //
 // A block is one warpgroup with 128 x 128 of C: two strips of 64 rows, 2 x 64 accumulators a thread. One stage: ask for
@@ -12,7 +12,7 @@
 //
 // Sizes: M and N multiples of 128, K of 64.
 #pragma once
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace one_stage {
 

@@ -18,7 +18,7 @@
 //
 // Sizes: M and N multiples of 128, K of 64.
 #pragma once
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace ring {
 

@@ -16,7 +16,7 @@
 //
 // Sizes: M a multiple of 128, N of 256, K of 64.
 #pragma once
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace persistent {
 

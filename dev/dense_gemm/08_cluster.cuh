@@ -1,5 +1,5 @@
 // Rung 8: clusters of two blocks. Two tiles, one above the other, have the same columns of B. The blocks that compute
-// them form a cluster: they run at the same time on neighbouring multiprocessors, and a load of the copy engine can
+// them form a cluster: they run at the same time on neighbouring multiprocessors, and a load of TMA can
 // deliver to both. Each block loads its own tile of A, and half of the common tile of B for both.
 //
 // Predicted: a block asks the L2 cache for 16 KB of A and 16 KB of B a step instead of 16 and 32: a third less. At 800
@@ -17,7 +17,7 @@
 //
 // Sizes: M and N multiples of 256, K of 64.
 #pragma once
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace cluster {
 

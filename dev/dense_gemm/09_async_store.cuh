@@ -1,17 +1,17 @@
-// Rung 9: results leave through shared memory, carried by the copy engine, while the next tile is multiplied.
+// Rung 9: results leave through shared memory, carried by TMA, while the next tile is multiplied.
 //
 // As wgmma leaves them, a thread holds two neighbours of a row at a time: 4 bytes, four threads 16 bytes of a row, and
 // each store instruction of a warp touches eight rows with half a sector (32 bytes) each: 64 of them a thread, for
 // which the consumer waits in the queue of the memory system. Now stmatrix puts the results into shared memory, eight
-// rows of 16 bytes at a time and four such matrices in an instruction, in the swizzled layout that the copy engine
+// rows of 16 bytes at a time and four such matrices in an instruction, in the swizzled layout that TMA
 // knows; one thread asks for the box to be stored, and the consumers go on.
 //
 // The ring leaves 35 KB, a tile is 64 KB. So each consumer has two panels of 64 x 64, 8 KB each, and its 64 x 256 leave
-// in four parts that take turns: a panel is written again once the copy engine has read it. The last two parts are
+// in four parts that take turns: a panel is written again once TMA has read it. The last two parts are
 // still on their way when the next tile's products begin.
 //
 //   wait until the store before the last has read its panel (the thread that asked), meet: the panel is free
-//   write it, make what was written visible to the copy engine (a fence between the two ways into memory), meet
+//   write it, make what was written visible to TMA (a fence between the two ways into memory), meet
 //   ask for the store (one thread), and mark it as a group to be waited for
 //
 // Predicted: what stops the multiplication between tiles shrinks from 64 scattered stores a thread to 16 stmatrix and
@@ -21,7 +21,7 @@
 //
 // Sizes: M and N multiples of 256, K of 64.
 #pragma once
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace async_store {
 

@@ -12,7 +12,7 @@
 //
 // Sizes: M and N multiples of 256, K of 64.
 #pragma once
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace hilbert {
 

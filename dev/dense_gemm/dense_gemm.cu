@@ -50,14 +50,6 @@ const Rung rungs[] = {{"01_naive", naive::product, false, 2e11},
                       {"09_async_store", async_store::product, true, any_size},
                       {"10_hilbert", hilbert::product, true, any_size}};
 
-// The GPU is a Hopper, and the program has code for it and not PTX of an older architecture that the driver translates.
-bool runs_hopper(const GpuBase& dev) {
-  if (dev.capability != 90) return false;
-  cudaFuncAttributes attributes;
-  CUDA_CHECK(cudaFuncGetAttributes(&attributes, one_stage::dense_gemm));
-  return attributes.ptxVersion >= 90;
-}
-
 Case make(Lab& lab, const Shape& s) {
   auto& dev = lab.dev;
   const int64_t M = s.M, N = s.N, K = s.K;
@@ -72,7 +64,7 @@ Case make(Lab& lab, const Shape& s) {
       {"production", "ours",
        [=, &dev] { dense_product(dev, view(c, N), scratch, view(a, K), false, view(b, K), true, M, N, K, false); }});
   static const bool hopper = [&] {
-    const bool runs = runs_hopper(dev);
+    const bool runs = hopper::usable(dev);
     if (!runs) std::printf("rungs 04 to 10 are left out: they need a Hopper GPU and code for sm_90a\n");
     return runs;
   }();

@@ -18,7 +18,7 @@
 #pragma once
 #include "dev/experts/buffers.h"
 #include "llmc/swiglu.h"
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace launch_an_expert {
 

@@ -12,7 +12,7 @@
 #pragma once
 #include "dev/experts/buffers.h"
 #include "llmc/swiglu.h"
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace grouped_rows {
 

@@ -1,4 +1,4 @@
-// Rung 4: rows are gathered while they are loaded. The copy engine knows boxes, not lists of rows; so the rows of x are
+// Rung 4: rows are gathered while they are loaded. TMA knows boxes, not lists of rows; so the rows of x are
 // copied by the producer's threads, 16 bytes at a time with cp.async, to the places in the swizzled tile where the copy
 // engine would have put them. The weights still come in boxes. Both arrive at the stage's `full` barrier: the copy
 // engine by bytes, each of the 128 threads once its copies so far have landed (cp.async.mbarrier.arrive). The consumers
@@ -14,7 +14,7 @@
 #pragma once
 #include "dev/experts/buffers.h"
 #include "llmc/swiglu.h"
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace gathered {
 
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(threads, 1)
     uint32_t before = 0;
     for (int step = 0; step < C / BK; ++step, at.advance()) {
       wait(full + at.stage * 8, at.parity);
-      fence_async_proxy();  // cp.async wrote as threads do; wgmma reads as the copy engine does
+      fence_async_proxy();  // cp.async wrote as threads do; wgmma reads as TMA does
       const uint64_t stage = at.stage * (stage_bytes / 16);
       fence_products();
 #pragma unroll

@@ -11,7 +11,7 @@
 // Sizes: C a multiple of 64, 2F of 256.
 #pragma once
 #include "dev/experts/buffers.h"
-#include "moe/hopper.cuh"
+#include "llmc/hopper.cuh"
 
 namespace fused {
 
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(threads, 1)
     uint32_t before = 0;
     for (int step = 0; step < C / BK; ++step, at.advance()) {
       wait(full + at.stage * 8, at.parity);
-      fence_async_proxy();  // cp.async wrote as threads do; wgmma reads as the copy engine does
+      fence_async_proxy();  // cp.async wrote as threads do; wgmma reads as TMA does
       const uint64_t stage = at.stage * (stage_bytes / 16);
       fence_products();
 #pragma unroll

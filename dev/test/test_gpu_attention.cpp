@@ -24,11 +24,12 @@ struct Case {
 };
 const std::vector<Case> kSmall = {{1, 1, {2, 1, 16}},  {2, 5, {4, 2, 16}}, {1, 17, {2, 2, 32}}, {3, 1, {1, 1, 64}},
                                   {1, 33, {2, 1, 64}}, {1, 9, {2, 1, 96}}, {1, 9, {4, 1, 128}}, {1, 66, {1, 1, 32}}};
-// Lengths around tiles of 64 and 128, one query head a key head, several, and all on one.
-const std::vector<Case> kCases = {{2, 64, {2, 2, 32}},  {1, 65, {3, 1, 64}},   {1, 130, {4, 2, 64}},
-                                  {3, 63, {1, 1, 16}},  {2, 200, {4, 1, 128}}, {1, 257, {6, 2, 96}},
-                                  {1, 512, {4, 2, 64}}, {1, 300, {8, 8, 32}},  {2, 127, {4, 4, 128}},
-                                  {1, 129, {2, 1, 32}}, {5, 128, {2, 1, 64}}};
+// Lengths around tiles of 64, 128 and 192, one query head a key head, several, and all on one; more tiles of queries than
+// a GPU has multiprocessors.
+const std::vector<Case> kCases = {
+    {2, 64, {2, 2, 32}},  {1, 65, {3, 1, 64}},  {1, 130, {4, 2, 64}},  {3, 63, {1, 1, 16}},   {2, 200, {4, 1, 128}},
+    {1, 257, {6, 2, 96}}, {1, 512, {4, 2, 64}}, {1, 300, {8, 8, 32}},  {2, 127, {4, 4, 128}}, {1, 129, {2, 1, 32}},
+    {5, 128, {2, 1, 64}}, {1, 385, {2, 1, 64}}, {1, 193, {2, 1, 128}}, {8, 200, {16, 4, 64}}};
 
 // Queries, keys and values; of qkv only the values may be read.
 std::vector<double> some_qk(const Case& c) { return random_values("qk", c.qk_size(), 1.5); }

@@ -1,8 +1,22 @@
-// Descriptions of tensors for the copy engine. The driver makes them; its function is looked up while the program runs,
-// so that a machine without a driver can start it.
-#include "moe/hopper.cuh"
+// The host's part of Hopper kernels: whether this GPU runs them, and descriptions of tensors for TMA. The driver makes
+// these; its function is looked up while the program runs, so that a machine without a driver can start it.
+#include "llmc/hopper.cuh"
 
 namespace hopper {
+
+namespace {
+__global__ void probe() {}
+}  // namespace
+
+bool is_compiled() {
+  static const bool compiled = [] {
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, probe));
+    return attributes.ptxVersion >= 90;
+  }();
+  return compiled;
+}
+bool usable(const GpuBase& dev) { return dev.capability == 90 && is_compiled(); }
 
 TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t width, int64_t batch_stride, int box_rows,
                      int box_columns) {

@@ -1,7 +1,7 @@
 // The vocabulary of Hopper kernels (sm_90a): what lets one group of warps load tiles while another multiplies them.
 //
-//   mbarrier   a counter in shared memory on which both threads and copy engines arrive, and which threads wait for
-//   TMA        the copy engine: one thread asks for a box of a tensor, the box arrives in shared memory by itself
+//   mbarrier   a counter in shared memory on which both threads and TMA arrive, and which threads wait for
+//   TMA        the tensor memory accelerator: one thread asks for a box of a tensor, the box arrives in shared memory by itself
 //   wgmma      a product of a warpgroup (four warps): operands in shared memory, accumulators in registers, asynchronous
 //   setmaxnreg registers go from the warpgroup that copies to those that multiply
 //
@@ -23,6 +23,11 @@
 
 namespace hopper {
 
+// Whether this GPU runs what is written here: it is a Hopper, and the program has code for sm_90a and not only PTX of an
+// older architecture that the driver translates.
+bool usable(const GpuBase& dev);
+bool is_compiled();
+
 constexpr int warpgroup = 128;            // threads; a warpgroup starts at a multiple of four warps
 constexpr int shared_bytes = 227 * 1024;  // that a block may use
 
@@ -35,13 +40,13 @@ constexpr int shared_bytes = 227 * 1024;  // that a block may use
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// fence.mbarrier_init: makes initialised barriers visible to the copy engine and to the cluster.
+// fence.mbarrier_init: makes initialised barriers visible to TMA and to the cluster.
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // mbarrier.arrive: releases what this thread wrote and read before.
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// mbarrier.arrive.expect_tx: one arrival, and the phase also waits for `bytes` from the copy engine.
+// mbarrier.arrive.expect_tx: one arrival, and the phase also waits for `bytes` from TMA.
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -111,7 +116,7 @@ void launch_clusters(GpuBase& dev, void (*kernel)(Params...), int cluster, dim3 
 
 // ---- TMA ----
 
-// What the copy engine knows of a tensor: three dimensions, the innermost contiguous, and the box that is copied at a
+// What TMA knows of a tensor: three dimensions, the innermost contiguous, and the box that is copied at a
 // time. Boxes may reach beyond the tensor: that part is loaded as zeros and not stored.
 using TensorMap = CUtensorMap;
 
@@ -161,7 +166,35 @@ template <int pending>
 __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
-// fence.proxy.async: ordinary accesses to shared memory before it (copy_async() too) are ordered before those of the
+// cp.async.bulk.wait_group: until they are done, not only read: what they wrote may be released to others.
+template <int pending>
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Plain bytes without a map: a multiple of 16, both ends aligned to 16. One thread.
+// cp.async.bulk to shared memory; they arrive at `barrier`.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// cp.async.bulk to global memory, in this thread's current bulk group.
+__device__ __forceinline__ void store_bytes(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+// cp.reduce.async.bulk: likewise, added as fp32 to what is there, each element once and in no given order.
+__device__ __forceinline__ void add_floats(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+// fence.proxy.async: the same as fence_async_proxy() for global memory too: where a flag of ordinary accesses says that
+// bulk copies are done, or may begin.
+__device__ __forceinline__ void fence_async_everywhere() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// fence.proxy.async.shared::cta: ordinary accesses to shared memory before it (copy_async() too) are ordered before those of the
 // copy engine and of wgmma after it.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -227,6 +260,13 @@ __device__ __forceinline__ void hold(float (&d)[blocks][4]) {
     asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
+// The same for operands in registers, before fence_products(): they are written by then.
+template <int n>
+__device__ __forceinline__ void hold(uint32_t (&d)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])::"memory");
+}
+
 // wgmma.mma_async m64nNk16, bf16 with fp32 accumulators: d (64 x N) = a (64 x 16) b (16 x N), plus d if `accumulate`.
 // Lane 4g + t of warp w holds rows 16w + g and 16w + g + 8, columns 8j + 2t and 8j + 2t + 1, as d[j][0..3]: what mma
 // leaves. The whole warpgroup; d is not to be touched before wait_products().
@@ -271,6 +311,27 @@ __device__ __forceinline__ void multiply(float (&d)[blocks][4], uint64_t a, uint
     HOPPER_PRODUCT("256", HOPPER_D0 HOPPER_D1 HOPPER_D2 HOPPER_D3, "%128", "%129", "%130", "%131", "%132", HOPPER_32(0),
                    HOPPER_32(8), HOPPER_32(16), HOPPER_32(24));
 }
+
+// The same with A in registers: a holds what two neighbouring blocks of an accumulator hold, rounded to bf16 (lanes as
+// in mma). The registers of a are not to be written before wait_products() either.
+#define HOPPER_REGISTER_PRODUCT(n, registers, a_at, b_at, sum_at, b_way, ...)                               \
+  asm volatile("{\n\t.reg .pred sum;\n\tsetp.ne.b32 sum, " sum_at                                           \
+               ", 0;\n\t"                                                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" registers "}, {" a_at "}, " b_at \
+               ", sum, 1, 1, " b_way ";\n\t}"                                                               \
+               : __VA_ARGS__                                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(b_m_major)))
+
+template <bool b_m_major, int blocks>
+__device__ __forceinline__ void multiply(float (&d)[blocks][4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(blocks == 8 || blocks == 16);
+  if constexpr (blocks == 8)
+    HOPPER_REGISTER_PRODUCT("64", HOPPER_D0, "%32,%33,%34,%35", "%36", "%37", "%38", HOPPER_32(0));
+  else
+    HOPPER_REGISTER_PRODUCT("128", HOPPER_D0 HOPPER_D1, "%64,%65,%66,%67", "%68", "%69", "%70", HOPPER_32(0),
+                            HOPPER_32(8));
+}
+#undef HOPPER_REGISTER_PRODUCT
 #undef HOPPER_PRODUCT
 #undef HOPPER_32
 #undef HOPPER_D0
