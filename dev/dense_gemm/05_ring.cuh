@@ -12,8 +12,8 @@
 // Tile and arithmetic are those of rung 4. Three stages are 96 KB: two blocks share a multiprocessor, and one
 // multiplies while the other starts or finishes.
 //
-// Predicted: the trip to the L2 cache is hidden. What is left is shared memory: wgmma reads 96 bytes a clock, and the
-// copy engine writes 32 KB in the 512 clocks that a step takes, 64 bytes a clock. Together 160 of 128: at most 80 % of
+// Predicted: the trip to the L2 cache is hidden. What is left is shared memory: wgmma reads 96 bytes a clock, and TMA
+// writes 32 KB in the 512 clocks that a step takes, 64 bytes a clock. Together 160 of 128: at most 80 % of
 // the tensor cores' rate.
 //
 // Sizes: M and N multiples of 128, K of 64.

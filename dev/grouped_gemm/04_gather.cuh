@@ -1,7 +1,7 @@
 // Rung 4: rows are gathered while they are loaded. TMA knows boxes, not lists of rows; so the rows of x are
-// copied by the producer's threads, 16 bytes at a time with cp.async, to the places in the swizzled tile where the copy
-// engine would have put them. The weights still come in boxes. Both arrive at the stage's `full` barrier: the copy
-// engine by bytes, each of the 128 threads once its copies so far have landed (cp.async.mbarrier.arrive). The consumers
+// copied by the producer's threads, 16 bytes at a time with cp.async, to the places in the swizzled tile where TMA
+// would have put them. The weights still come in boxes. Both arrive at the stage's `full` barrier: TMA
+// by bytes, each of the 128 threads once its copies so far have landed (cp.async.mbarrier.arrive). The consumers
 // notice no difference.
 //
 // A row beyond the expert's last is not read at all, but filled with zeros.
