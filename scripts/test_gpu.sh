@@ -83,7 +83,7 @@ PYTHON
     # The race checker follows every access to shared memory: the smallest shapes, and our own products.
     for program in "${ops[@]}"; do
       filter='*Small*'
-      [ $tool = racecheck ] && [ "$program" = test_gpu_experts ] && filter='Gpu16.EveryHopperTileSmall'
+      [ $tool = racecheck ] && [ "$program" = test_gpu_experts ] && filter='All/HopperTile.Tiny/*'
       [ $tool = racecheck ] && [ "$program" = test_gpu_router ] && filter='GpuRouter/0.FreeChoiceSmall:GpuRouter/0.BiasUpdateSmall:GpuRouter/0.TiesGoToTheLowerIndexSmall'
       [ $tool = racecheck ] && [ "$program" = test_gpu_matmul ] && filter='GpuClassifier/0.CrossEntropySmall:GpuClassifier/0.LossSumSmall'
       [ $tool = racecheck ] && [ "$program" = test_gpu_update ] && filter='GpuUpdate/0.NormAndClippingSmall:GpuUpdate/0.AdamWSmall:GpuUpdate/0.OutliersSmall'

@@ -179,28 +179,26 @@ TYPED_TEST(GpuExperts, MaterialisedAndKeptActivationsGiveTheSameBitsSmall) { che
 TYPED_TEST(GpuExperts, MaterialisedAndKeptActivationsGiveTheSameBits) { check_modes<TypeParam>(cases()); }
 
 // Every tile that Hopper's kernels come in, at widths that end within tiles.
-void check_hopper_tiles(const std::vector<Case>& all) {
-  auto& dev = gpu<bf16>();
-  if (!hopper::usable(dev, ExpertShape{1, 1, 1, 8, 8})) {
-    std::printf("%s: no Hopper GPU, or no code for it: its tiles are not tested\n", dev.gpu_name.c_str());
-    return;
-  }
-  for (int tile = 0; tile < hopper::tile_choices; ++tile) {
-    SCOPED_TRACE(hopper::tile_names[tile]);
-    dev.expert_tile = tile;
+struct HopperTile : GpuTest, testing::WithParamInterface<int> {
+  void check(const std::vector<Case>& all) {
+    auto& dev = gpu<bf16>();
+    if (!hopper::usable(dev, ExpertShape{1, 1, 1, 8, 8}))
+      GTEST_SKIP() << dev.gpu_name << " is no Hopper GPU, or there is no code for it";
+    SCOPED_TRACE(hopper::tile_names[GetParam()]);
+    dev.expert_tile = GetParam();
     check_experts<bf16>(all);
     dev.expert_tile = -1;
   }
-}
-TEST_F(Gpu16, EveryHopperTileSmall) {
-  check_hopper_tiles({{random_routing(150, 2, 3), 0, 72, 40}, {empty_and_single(40, 5), 30, 64, 64}});
-}
-TEST_F(Gpu16, EveryHopperTile) {
-  check_hopper_tiles({{empty_and_single(290, 5), 261, 200, 72},
-                      {random_routing(300, 8, 64), 0, 64, 40},
-                      {random_routing(900, 3, 4), 0, 328, 264},
-                      {random_routing(400, 3, 512), 0, 64, 64},
-                      {same_for_all(700, 2, 8, 6), 500, 264, 200}});
+};
+INSTANTIATE_TEST_SUITE_P(All, HopperTile, testing::Range(0, hopper::tile_choices));
+TEST_P(HopperTile, Tiny) { check({{random_routing(70, 2, 2), 0, 72, 40}}); }  // a tile or two: for the race checker
+TEST_P(HopperTile, Small) { check({{random_routing(150, 2, 3), 0, 72, 40}, {empty_and_single(40, 5), 30, 64, 64}}); }
+TEST_P(HopperTile, EveryProduct) {
+  check({{empty_and_single(290, 5), 261, 200, 72},
+         {random_routing(300, 8, 64), 0, 64, 40},
+         {random_routing(900, 3, 4), 0, 328, 264},
+         {random_routing(400, 3, 512), 0, 64, 64},
+         {same_for_all(700, 2, 8, 6), 500, 264, 200}});
 }
 
 template <class Real>
