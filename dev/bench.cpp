@@ -1,10 +1,11 @@
 #include "dev/bench.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -17,26 +18,21 @@ constexpr size_t flush_bytes = size_t(256) << 20;  // more than any cache
 constexpr int initial_byte = 0x3C;                 // what gradients start from: about 0.0115 in either type
 constexpr double most_seconds = 3;                 // a variant so slow that its runs pass this gets fewer of them
 
-std::string utc(const char* format) {
-  char text[32];
-  std::time_t now = std::time(nullptr);
-  std::strftime(text, sizeof text, format, std::gmtime(&now));
-  return text;
-}
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> parts;
-  for (size_t begin = 0; begin <= list.size();) {
-    size_t end = std::min(list.find(',', begin), list.size());
-    if (end > begin) parts.push_back(list.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
-
 double initial_value(DType type) {
   uint32_t bits = type == DType::bf16 ? 0x3C3C0000u : 0x3C3C3C3Cu;
   return std::bit_cast<float>(bits);
+}
+
+void require_gpu() {
+  std::string problem = gpu_problem();
+  if (!problem.empty()) fail("needs a GPU: ", problem, " (families whose names end in _cpu need none)");
+}
+
+bool contains(const std::vector<std::string>& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+void add_once(std::vector<std::string>& names, const std::string& name) {
+  if (!contains(names, name)) names.push_back(name);
 }
 
 void run_all(const Variant& v) {
@@ -46,60 +42,10 @@ void run_all(const Variant& v) {
 
 bool makes(const Variant& v, const Output& o) {
   if (o.pass == 1 && !v.backward) return false;
-  return std::find(v.missing.begin(), v.missing.end(), o.name) == v.missing.end();
+  return !contains(v.missing, o.name);
 }
 
 }  // namespace
-
-// ---- options ----
-
-int64_t Options::number(const std::string& name) const {
-  const std::string& text = own.at(name);
-  char* end = nullptr;
-  long long value = std::strtoll(text.c_str(), &end, 10);
-  if (text.empty() || *end || value <= 0) fail("--", name, " must be a positive whole number, not '", text, "'");
-  return value;
-}
-
-Options parse_options(int argc, char** argv, std::map<std::string, std::string> own) {
-  Options o;
-  o.own = std::move(own);
-  const char* from_environment = std::getenv("RUN_ID");
-  o.run_id = from_environment && *from_environment ? from_environment : utc("%Y%m%dT%H%M%SZ");
-  for (int i = 1; i < argc; ++i) {
-    std::string option = argv[i];
-    if (option == "--help" || option == "-h") {
-      std::printf("options: --shapes A,B  --variants A,B  --quick  --check-only  --out FILE  --run-id ID\n");
-      for (auto& [name, value] : o.own)
-        std::printf("         --%s VALUE (default: %s)\n", name.c_str(), value.empty() ? "none" : value.c_str());
-      std::exit(0);
-    }
-    if (option == "--quick") {
-      o.quick = true;
-      continue;
-    }
-    if (option == "--check-only") {
-      o.check_only = true;
-      continue;
-    }
-    if (!option.starts_with("--")) fail("'", option, "' is not an option (see --help)");
-    if (i + 1 == argc) fail(option, " needs a value");
-    std::string value = argv[++i], name = option.substr(2);
-    if (name == "out")
-      o.out = value;
-    else if (name == "run-id")
-      o.run_id = value;
-    else if (name == "shapes")
-      o.shapes = split(value);
-    else if (name == "variants")
-      o.variants = split(value);
-    else if (o.own.count(name))
-      o.own[name] = value;
-    else
-      fail("no option is called '", option, "' (see --help)");
-  }
-  return o;
-}
 
 // ---- timing ----
 
@@ -178,12 +124,21 @@ std::string short_name(const std::string& gpu_name) {
   return name.empty() ? "gpu" : name;
 }
 
-Lab::Lab(std::string bench, const Options& options) : options(options), bench_(std::move(bench)) {
+Lab::Lab(std::string bench, const Options& options)
+    : dev((require_gpu(), false)), options(options), bench_(std::move(bench)) {
+  if (options.json && !options.list) {  // whoever prints, prints to stderr from here on
+    std::fflush(stdout);
+    json_ = fdopen(dup(STDOUT_FILENO), "w");
+    if (!json_ || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) fail("--json: stdout cannot be used");
+  }
+  if (options.records())
+    results_ = options.out.empty() ? (find_results() / (short_name(dev.gpu_name) + ".jsonl")).string() : options.out;
   flush_ = dev.allocate(flush_bytes);
 }
 Lab::~Lab() {
   release();
   dev.release(flush_);
+  if (json_) std::fclose(json_);
 }
 void Lab::release() {
   for (void* p : owned_) dev.release(p);
@@ -191,19 +146,40 @@ void Lab::release() {
 }
 
 bool Lab::wants_shape(const std::string& shape) {
+  add_once(known_shapes_, shape);
+  if (options.list) {
+    std::printf("shape: %s\n", shape.c_str());
+    return false;
+  }
   auto asks = [&](const std::string& s) { return shape == s || shape.starts_with(s + "."); };
   bool wanted = options.shapes.empty() || std::any_of(options.shapes.begin(), options.shapes.end(), asks);
   any_shape_ |= wanted;
   return wanted;
 }
-int Lab::exit_code() {
-  if (!options.shapes.empty() && !any_shape_) fail_with(bench_ + ": --shapes names none of its shapes");
-  return failed_ ? 1 : 0;
+bool Lab::select(const Case& c) {
+  std::vector<std::string> names;
+  for (const Variant& v : c.variants) names.push_back(v.name), add_once(known_variants_, v.name);
+  chosen_.clear();
+  for (const std::string& asked : options.variants) {
+    std::string name = match_variant(asked, names);
+    if (!name.empty()) chosen_.push_back(name), add_once(answered_, asked);
+  }
+  return options.variants.empty() || !chosen_.empty();
 }
 // Variant 0 always runs: the others are compared with it.
 bool Lab::wants_variant(const Variant& v) const {
-  return v.impl == "ours" || options.variants.empty() ||
-         std::find(options.variants.begin(), options.variants.end(), v.name) != options.variants.end();
+  return v.impl == "ours" || options.variants.empty() || contains(chosen_, v.name);
+}
+int Lab::exit_code() {
+  if (options.list) return 0;
+  if (!options.shapes.empty() && !any_shape_)
+    fail("no shape is called '", options.shapes[0], "'; there are: ", joined(known_shapes_));
+  for (const std::string& asked : options.variants)
+    if (!contains(answered_, asked)) fail("no variant is called '", asked, "'; there are: ", joined(known_variants_));
+  std::printf("%s: %d checks, %d failed\n", bench_.c_str(), checks_, failures_);
+  if (results_.empty() && !options.check_only)
+    std::printf("%s: not recorded, since it is not a whole run (--out FILE records it)\n", bench_.c_str());
+  return failures_ > 0 ? 1 : 0;
 }
 
 double Lab::copy_bandwidth() {
@@ -241,9 +217,10 @@ double Lab::floor_ms(Work work) {
 
 void Lab::fail_with(const std::string& line) {
   std::printf("FAIL %s\n", line.c_str());
-  failed_ = true;
+  ++failures_;
 }
 bool Lab::accept(const std::string& what, const Output& limits, const Difference& d) {
+  ++checks_;
   bool good = d.not_finite == 0 && d.error <= limits.error_limit && d.worst <= limits.worst_limit;
   char numbers[160];
   std::snprintf(numbers, sizeof numbers, " %s: error %.1e, worst element %.1e, %lld not finite", limits.name.c_str(),
@@ -265,8 +242,9 @@ void Lab::run_checked(const Case& c, const Variant& v) {
   run_all(v);
 }
 
-void Lab::check_reference(const Case& c) {
+bool Lab::check_reference(const Case& c) {
   wrong_.clear();
+  if (!select(c)) return false;
   Values expected = c.reference();
   std::vector<double*> on_device;
   for (size_t i = 0; i < c.outputs.size(); ++i) {
@@ -286,16 +264,18 @@ void Lab::check_reference(const Case& c) {
         wrong_.push_back(v.name);
     }
   }
+  return true;
 }
 
 void Lab::check_and_measure(const Case& c) {
+  if (options.check_only || !select(c)) return;
   std::vector<void*> first;  // what variant 0 made
   std::vector<std::vector<Timing>> times;
   std::vector<bool> good;
   std::vector<Timed> bodies;
   std::vector<size_t> body_of;  // which variant
   for (const Variant& v : c.variants) {
-    times.emplace_back(), good.push_back(std::find(wrong_.begin(), wrong_.end(), v.name) == wrong_.end());
+    times.emplace_back(), good.push_back(!contains(wrong_, v.name));
     if (!wants_variant(v)) continue;
     if (v.checked) {
       run_checked(c, v);
@@ -322,6 +302,10 @@ void Lab::check_and_measure(const Case& c) {
 
 void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, const std::vector<bool>& good) {
   const Work works[3] = {c.forward, c.backward, c.forward + c.backward};
+  // Both passes one after the other: each has its own limit.
+  auto floor_of = [&](const Work(&work)[3], size_t pass) {
+    return pass < 2 ? floor_ms(work[pass]) : floor_ms(work[0]) + floor_ms(work[1]);
+  };
   floor_ms(works[2]);  // the ceilings are measured, and printed, before the table
   bool two_passes = bool(c.variants[0].backward);
   const char* passes[3] = {"fwd", "bwd", "fwdbwd"};
@@ -336,8 +320,10 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
 
   std::printf("%s %s%s\n", bench_.c_str(), c.shape.c_str(),
               c.target_us > 0 ? (", target " + std::to_string(int(c.target_us)) + " us").c_str() : "");
-  std::printf("  %-18s %-7s %10s %10s %10s %9s %9s %10s %10s %10s\n", "variant", "pass", "ms", "p10", "p90", "rate",
-              "% ceiling", "predicted", "x ours", "x library");
+  int width = 10;
+  for (const Variant& v : c.variants) width = std::max(width, int(v.name.size()));
+  std::printf("  %-*s %-7s %10s %10s %10s %9s %9s %10s %10s %10s\n", width, "variant", "pass", "ms", "p10", "p90",
+              "rate", "% ceiling", "predicted", "x ours", "x library");
   for (size_t i = 0; i < c.variants.size(); ++i) {
     if (times[i].empty()) continue;
     const Variant& v = c.variants[i];
@@ -351,16 +337,16 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
       const Work& w = works[pass];
       std::string prefix = two_passes ? std::string(passes[pass]) + "_" : "";
       double rate = w.flops > 0 ? w.flops / t.median * 1e-9 : w.bytes / t.median * 1e-6;
-      percent = 100 * floor_ms(w) / t.median;
+      percent = 100 * floor_of(works, pass) / t.median;
       r.set(prefix + "ms", t.median);
       r.set(w.flops > 0 ? prefix + "tflops" : prefix + "gbps", rate);
       if (two_passes) r.set(prefix + "percent_of_ceiling", percent);
-      r.set(prefix + "floor_ms", floor_ms(w)).set(prefix + "predicted_ms", floor_ms(own[pass]));
+      r.set(prefix + "floor_ms", floor_of(works, pass)).set(prefix + "predicted_ms", floor_of(own, pass));
       r.set(prefix + "predicted_bytes", own[pass].bytes);
       r.set(prefix + "predicted_flops", own[pass].flops + own[pass].fp32_flops);
-      std::printf("  %-18s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%% %10.4f", v.name.c_str(),
+      std::printf("  %-*s %-7s %10.4f %10.4f %10.4f %7.1f %s %8.1f%% %10.4f", width, v.name.c_str(),
                   two_passes ? passes[pass] : "", t.median, t.p10, t.p90, rate, w.flops > 0 ? "TF" : "GB", percent,
-                  floor_ms(own[pass]));
+                  floor_of(own, pass));
       if (pass + 1 == times[i].size()) {
         std::printf(" %10.2f", ratio(0, i));
         if (library) std::printf(" %10.2f", ratio(library, i));
@@ -373,19 +359,21 @@ void Lab::report(const Case& c, const std::vector<std::vector<Timing>>& times, c
     r.set("ratio_to_production", ratio(0, i));
     if (library) r.set("ratio_to_library", ratio(library, i));
     if (c.target_us > 0) r.set("target_ms", c.target_us * 1e-3);
+    if (copy_bandwidth_ > 0) r.set("ceiling_gbps", copy_bandwidth_ * 1e-9);
+    if (matmul_rate_ > 0) r.set("ceiling_tflops", matmul_rate_ * 1e-12);
     if (good[i]) write(std::move(r));
   }
   std::fflush(stdout);
 }
 
 void Lab::write(Record record) {
-  std::string gpu = short_name(dev.gpu_name),
-              path = options.out.empty() ? "dev/results/" + gpu + ".jsonl" : options.out;
-  record.set("gpu", gpu).set("date", utc("%F")).set("run_id", options.run_id);
+  record.set("gpu", short_name(dev.gpu_name)).set("date", utc("%F")).set("run_id", options.run_id);
   nlohmann::ordered_json line;
   for (auto& [key, value] : record.fields) std::visit([&, k = key](const auto& v) { line[k] = v; }, value);
-  std::ofstream file(path, std::ios::app);
-  if (!(file << line.dump() << std::endl)) fail("--out ", path, ": cannot be written");
+  if (json_) std::fprintf(json_, "%s\n", line.dump().c_str()), std::fflush(json_);
+  if (results_.empty()) return;
+  std::ofstream file(results_, std::ios::app);
+  if (!(file << line.dump() << std::endl)) fail("--out ", results_, ": cannot be written");
 }
 
 Variant copy_floor(Lab& lab, Work forward, Work backward) {

@@ -7,39 +7,25 @@
 //   1. at a reduced size, every variant against the CPU overload of the op, in double
 //   2. at the full size, variant 0 for values that are not finite, the others against variant 0
 //   3. the times: events around each run, the caches overwritten before it, median and 10th and 90th percentile
-//   4. a table on stdout, and a JSON object a line appended to dev/results/<gpu>.jsonl. Ratios are of speeds: above 1,
-//      the variant is faster than production, or than the library.
+//   4. a table on stdout, and a JSON object a line appended to dev/results/<gpu>.jsonl (not for a part of the family:
+//      bench_options.h). Ratios are of speeds: above 1, the variant is faster than production, or than the library.
 //
 // Outputs are filled with NaN bytes before a checked run, so that what a kernel forgets to write is seen. A variant that
-// fails a check prints FAIL, leaves no line in the results, and makes the program exit with 1 once all is done.
+// fails a check prints FAIL, leaves no line in the results, and makes the program exit with 1 once all is done. The last
+// line counts: `NAME: N checks, M failed`.
 #pragma once
 #include <functional>
-#include <map>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "dev/bench_options.h"
 #include "llmc/gpu.h"
 
 struct CUevent_st;  // what a cudaEvent_t points to
 
 namespace bench {
-
-// ---- options ----
-
-struct Options {
-  std::string out;                            // results; empty: dev/results/<gpu>.jsonl
-  std::string run_id;                         // marks the lines of one run; default: $RUN_ID, else the time
-  std::vector<std::string> shapes, variants;  // those to run; empty: all
-  bool quick = false;                         // few timed runs
-  bool check_only = false;                    // step 1 alone, as the memory and race checkers want it
-  std::map<std::string, std::string> own;     // options of this program alone, by name without the dashes
-
-  int64_t number(const std::string& name) const;
-};
-// own: the program's own options and their defaults. --help prints and exits. Throws naming the option.
-Options parse_options(int argc, char** argv, std::map<std::string, std::string> own = {});
 
 // ---- one line of results ----
 
@@ -210,9 +196,10 @@ class Lab {
     return values;
   }
 
-  // Whether the options ask for it. A shape "a.b" is also asked for by "a".
+  // Whether the options ask for it. A shape "a.b" is also asked for by "a". With --list it prints the shape's name and
+  // says no.
   bool wants_shape(const std::string& shape);
-  bool wants_variant(const Variant& v) const;
+  bool wants_variant(const Variant& v) const;  // of the case that was checked or measured last; variant 0 always
 
   // Ceilings, measured on first use: bytes a second of a device-to-device copy of 1 GiB, read and written counted, and
   // operations a second of a bf16 product of 8192 x 8192 x 8192 through matmul_forward().
@@ -231,17 +218,20 @@ class Lab {
       const std::function<void()>& body, const std::function<void()>& prepare = [] {}, int calls = 1);
 
   // Step 1 above. The variants that it finds wrong are remembered for the case of that shape that is measured next.
-  void check_reference(const Case& c);
-  void check_and_measure(const Case& c);  // steps 2 to 4
+  // False: the options ask for variants, and the case has none of them.
+  bool check_reference(const Case& c);
+  void check_and_measure(const Case& c);  // steps 2 to 4; nothing with --check-only
   // Prints FAIL and remembers it unless the difference is within the limits.
   bool accept(const std::string& what, const Output& limits, const Difference& d);
   void fail_with(const std::string& line);
-  // Adds gpu, date and run_id, and appends the line.
+  // Adds gpu, date and run_id, and appends the line where results are recorded.
   void write(Record record);
-  int exit_code();  // 0 if every check passed and --shapes named a shape
+  // Prints the count of checks. 0 if all passed; throws where shapes or variants were asked for that nobody knows.
+  int exit_code();
   const std::string& bench() const { return bench_; }
 
  private:
+  bool select(const Case& c);  // the variants that are asked for; false: none of them is here
   void run_checked(const Case& c, const Variant& v);
   void report(const Case& c, const std::vector<std::vector<Timing>>& times, const std::vector<bool>& good);
 
@@ -250,8 +240,14 @@ class Lab {
   void* flush_ = nullptr;
   uint64_t stream_ = 0;
   double copy_bandwidth_ = 0, matmul_rate_ = 0;
-  bool failed_ = false, any_shape_ = false;
-  std::vector<std::string> wrong_;  // variants that failed check_reference()
+  int checks_ = 0, failures_ = 0;
+  bool any_shape_ = false;
+  std::vector<std::string> wrong_;                          // variants that failed check_reference()
+  std::vector<std::string> chosen_;                         // variants of this case that are asked for
+  std::vector<std::string> known_shapes_, known_variants_;  // all that came by
+  std::vector<std::string> answered_;                       // what was asked for and found
+  std::string results_;                                     // file that rows are appended to; empty: none
+  std::FILE* json_ = nullptr;                               // with --json: what stdout was
 };
 
 // The floor of an op that is bound by memory: a copy that moves as many bytes, read and written together.
@@ -266,13 +262,30 @@ template <class Shape>
 int run_family(int argc, char** argv, const char* name, const std::vector<Shape>& shapes,
                Case (*make)(Lab&, const Shape&), Shape (*reduced)(Shape)) {
   return guarded(name, [&] {
-    Lab lab(name, parse_options(argc, argv));
+    Options options = parse_options(argc, argv);
+    std::vector<std::string> names, asked;
+    for (const Shape& shape : shapes) names.push_back(shape.name);
+    for (const std::string& shape : options.shapes)
+      for (const std::string& match : match_shape(shape, names)) asked.push_back(match);
+    options.shapes = asked;
+    if (options.list) std::printf("shapes: %s\n", joined(names).c_str());
+    Lab lab(name, options);
+    if (options.list) {
+      std::vector<std::string> variants;
+      for (const Shape& shape : shapes) {
+        for (const Variant& v : make(lab, reduced(shape)).variants)
+          if (std::find(variants.begin(), variants.end(), v.name) == variants.end()) variants.push_back(v.name);
+        lab.release();
+      }
+      std::printf("variants: %s\n", joined(variants).c_str());
+      return 0;
+    }
     for (const Shape& shape : shapes) {
       if (!lab.wants_shape(shape.name)) continue;
       try {
-        lab.check_reference(make(lab, reduced(shape)));
+        bool wanted = lab.check_reference(make(lab, reduced(shape)));
         lab.release();
-        if (!lab.options.check_only) lab.check_and_measure(make(lab, shape));
+        if (wanted && !lab.options.check_only) lab.check_and_measure(make(lab, shape));
       } catch (const std::bad_alloc&) {
         lab.fail_with(std::string(name) + " " + shape.name + ": this GPU has no room for it");
       }

@@ -8,7 +8,7 @@
 //   O = O * exp(m - m') + P V    P goes from accumulator to A operand in registers
 //
 // Two overlaps keep the tensor cores busy while exponentials are computed, of which a multiprocessor does 16 a cycle:
-// 512 cycles for a tile of 64 x 128, which takes 256 (head size 64) or 512 (128) cycles to multiply.
+// 512 cycles for a tile of 64 x 128, whose two products take 512 (head size 64) or 1024 (128).
 //   within a consumer   S of the next tile is asked for before P V of this one; the softmax of the next tile runs
 //                       while P V is still being multiplied
 //   among consumers     they take turns asking for products (named barriers), so that one is in its softmax while

@@ -1,6 +1,6 @@
-// Token embedding on the GPU. Backward without floating-point atomics: positions are sorted by token (a stable radix sort
-// made of bucket passes), cut into runs of 32, and every run is summed by one block; pieces of a token that span several
-// runs are added in order by a second kernel.
+// Token embedding on the GPU. Backward without floating-point atomics: positions are sorted by token (a stable radix
+// sort made of bucket passes), cut into runs of 32, and every run is summed by one block; pieces of a token that span
+// several runs are added in order by a second kernel.
 #include "llmc/embedding.h"
 
 #include "llmc/cuda_bucket.cuh"
@@ -51,114 +51,126 @@ struct PlacePosition {
   }
 };
 
-// W neighbouring columns: read from dout, added to the gradient, kept in `pieces`.
-template <class Real, int W>
-struct Columns {
-  struct alignas(sizeof(Real) * W) Chunk {
-    Real v[W];
-  };
-  float sum[W] = {};
-  __device__ void add(const Chunk& c) {
-#pragma unroll
-    for (int j = 0; j < W; ++j) sum[j] += to_float(c.v[j]);
-  }
-  __device__ void add(const float* piece) {
-#pragma unroll
-    for (int j = 0; j < W; ++j) sum[j] += piece[j];
-  }
-  __device__ void put_aside(float* piece) const {
-#pragma unroll
-    for (int j = 0; j < W; ++j) piece[j] = sum[j];
-  }
-  __device__ void to_gradient(void* gradient, bool wide, int64_t at) const {
-    struct alignas(sizeof(float) * (W < 4 ? W : 4)) Wide {
-      float v[W];
-    };
-    if (wide) {
-      Wide* p = reinterpret_cast<Wide*>(static_cast<float*>(gradient) + at);
-      Wide v = *p;
-#pragma unroll
-      for (int j = 0; j < W; ++j) v.v[j] += sum[j];
-      *p = v;
-    } else {
-      Chunk* p = reinterpret_cast<Chunk*>(static_cast<Real*>(gradient) + at);
-      Chunk v = *p;
-#pragma unroll
-      for (int j = 0; j < W; ++j) v.v[j] = from_float<Real>(to_float(v.v[j]) + sum[j]);
-      *p = v;
-    }
-  }
+// W neighbouring columns of T, read and written 16 bytes at a time where they are as many.
+template <class T, int W>
+struct alignas(sizeof(T) * W < 16 ? sizeof(T) * W : 16) Columns {
+  T v[W];
+  __device__ static Columns load(const T* p) { return *reinterpret_cast<const Columns*>(p); }
+  __device__ void store(T* p) const { *reinterpret_cast<Columns*>(p) = *this; }
 };
+template <class T, int W>
+__device__ __forceinline__ void add(Columns<float, W>& sum, const Columns<T, W>& a) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) sum.v[j] += to_float(a.v[j]);
+}
+template <class G, int W>
+__device__ __forceinline__ void add_to_gradient(G* at, Columns<G, W> old, const Columns<float, W>& sum) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) old.v[j] = from_float<G>(to_float(old.v[j]) + sum.v[j]);
+  old.store(at);
+}
+
+// What becomes of the sum so far after a position, where it is not the row of the gradient that it completes.
+enum : int { goes_on = -1, to_begin = -2, to_end = -3, dropped = -4 };
 
 // Sums of one run of sorted positions, W columns a thread. A token's piece that neither begins at the run's first
 // position as the rest of an earlier run nor goes on in the next is complete: it goes to the gradient. Others are put
 // aside: pieces (runs, 2, C): [0] the piece at the run's beginning, [1] the one at its end.
-template <class Real, int W>
-__global__ void sum_runs(void* gradient, bool wide, float* pieces, const int32_t* order, const int32_t* tokens,
-                         const Real* dout, int64_t N, int64_t C, int V) {
-  using Chunk = typename Columns<Real, W>::Chunk;
-  __shared__ int position[run], token[run + 2];  // token[1 + i]; its neighbours at both ends
+//
+// Most rows of a large vocabulary occur once in a batch: what they add to is asked for together with dout's rows, since
+// a run that waited for one row after another would wait 32 times for memory.
+template <class Real, class G, int W>
+__global__ void __launch_bounds__(256, 3)
+    sum_runs(G* gradient, float* pieces, const int32_t* order, const int32_t* tokens, const Real* dout, int64_t N,
+             int64_t C, int V) {
+  __shared__ int position[run], target[run], token[run + 2];  // token[1 + i]; its neighbours at both ends
   int64_t first = int64_t(blockIdx.x) * run;
-  int n = int(min(int64_t(run), N - first));
   for (int j = threadIdx.x; j < run + 2; j += blockDim.x) {
     int64_t i = first + j - 1;
-    bool inside = i >= 0 && i < N;
-    int p = inside ? order[i] : -1;
-    token[j] = inside ? sort_token(tokens, p, V) : -1;
-    if (j >= 1 && j <= run) position[j - 1] = p;
+    int p = order[max(int64_t(0), min(i, N - 1))];
+    token[j] = i >= 0 && i < N ? sort_token(tokens, p, V) : -1;
+    if (j >= 1 && j <= run) position[j - 1] = p;  // past the end: any row that can be read
+  }
+  __syncthreads();
+  if (threadIdx.x < run) {
+    int i = int(threadIdx.x), id = token[1 + i];
+    bool more = token[2 + i] == id;
+    target[i] = id < 0 || id == V     ? dropped
+                : more && i + 1 < run ? goes_on
+                : id == token[0]      ? to_begin
+                : more                ? to_end
+                                      : id;
   }
   __syncthreads();
   int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * W;
   if (c >= C) return;
-  Columns<Real, W> columns;
-  bool from_before = token[0] == token[1];  // the piece being summed began in an earlier run
-  constexpr int batch = 8;                  // loads in flight
-  for (int i0 = 0; i0 < n; i0 += batch) {
-    Chunk value[batch];
-#pragma unroll
-    for (int j = 0; j < batch; ++j)
-      if (i0 + j < n) value[j] = *reinterpret_cast<const Chunk*>(dout + int64_t(position[i0 + j]) * C + c);
+  Columns<float, W> sum = {};
+  constexpr int batch = 4;  // rows in flight, of dout and of the gradient
+  for (int i0 = 0; i0 < run; i0 += batch) {
+    Columns<Real, W> value[batch];
+    Columns<G, W> old[batch];
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
-      int i = i0 + j;
-      if (i >= n) break;
-      columns.add(value[j]);
-      int id = token[1 + i];
-      if (i + 1 < n && token[2 + i] == id) continue;
-      bool goes_on = i + 1 == n && token[2 + i] == id;
-      if (from_before)
-        columns.put_aside(pieces + int64_t(blockIdx.x) * 2 * C + c);
-      else if (goes_on)
-        columns.put_aside(pieces + (int64_t(blockIdx.x) * 2 + 1) * C + c);
-      else if (id < V)
-        columns.to_gradient(gradient, wide, int64_t(id) * C + c);
-      columns = {}, from_before = false;
+      value[j] = Columns<Real, W>::load(dout + int64_t(position[i0 + j]) * C + c);
+      if (target[i0 + j] >= 0) old[j] = Columns<G, W>::load(gradient + int64_t(target[i0 + j]) * C + c);
+    }
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      add(sum, value[j]);
+      int to = target[i0 + j];
+      if (to == goes_on) continue;
+      if (to >= 0)
+        add_to_gradient(gradient + int64_t(to) * C + c, old[j], sum);
+      else if (to != dropped)
+        sum.store(pieces + (int64_t(blockIdx.x) * 2 + (to == to_end)) * C + c);
+      sum = {};
     }
   }
 }
 
 // For every run whose last token begins there and goes on: its end piece and the beginning pieces that follow.
-template <class Real, int W>
-__global__ void join_runs(void* gradient, bool wide, const float* pieces, const int32_t* order, const int32_t* tokens,
-                          int64_t N, int64_t C, int V) {
+template <class G, int W>
+__global__ void __launch_bounds__(256) join_runs(G* gradient, const float* pieces, const int32_t* order,
+                                                 const int32_t* tokens, int64_t N, int64_t C, int V) {
   int64_t b = blockIdx.x, last = (b + 1) * run - 1;
   if (last + 1 >= N) return;
   int id = sort_token(tokens, order[last], V);
   if (id >= V || sort_token(tokens, order[last + 1], V) != id) return;
   if (b > 0 && sort_token(tokens, order[b * run - 1], V) == id) return;  // the whole run is a middle piece
+  // The runs that begin with this token, [b + 1, end): each thread looks at one of the next. Tokens are sorted, so that
+  // where not all find it, those that do are the first.
+  int64_t end = b + 1;
+  for (int found = int(blockDim.x); found == int(blockDim.x); end += found) {
+    int64_t next = end + threadIdx.x;
+    found = __syncthreads_count(next * run < N && sort_token(tokens, order[next * run], V) == id);
+  }
   int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * W;
   if (c >= C) return;
-  Columns<Real, W> columns;
-  columns.add(pieces + (b * 2 + 1) * C + c);
-  for (int64_t next = b + 1; next * run < N && sort_token(tokens, order[next * run], V) == id; ++next)
-    columns.add(pieces + next * 2 * C + c);
-  columns.to_gradient(gradient, wide, int64_t(id) * C + c);
+  auto sum = Columns<float, W>::load(pieces + (b * 2 + 1) * C + c);
+  constexpr int batch = 8;  // loads in flight
+  for (int64_t next = b + 1; next < end; next += batch) {
+    Columns<float, W> piece[batch];
+#pragma unroll
+    for (int j = 0; j < batch; ++j)
+      if (next + j < end) piece[j] = Columns<float, W>::load(pieces + (next + j) * 2 * C + c);
+#pragma unroll
+    for (int j = 0; j < batch; ++j)
+      if (next + j < end) add(sum, piece[j]);
+  }
+  G* at = gradient + int64_t(id) * C + c;
+  add_to_gradient(at, Columns<G, W>::load(at), sum);
 }
 
 int passes(int64_t V) {
   int n = 1;
   while ((V >> (n * digit_bits)) > 0) ++n;
   return n;
+}
+// Of scratch, before `pieces`: two orders of the positions, totals, offsets and counts of the sort; a multiple of 16
+// bytes.
+int64_t sort_ints(int64_t N) {
+  constexpr int64_t buckets = 1 << digit_bits;
+  return ceil_div(2 * N + 2 * buckets + 1 + bucket_tiles(N) * buckets, 4) * 4;
 }
 
 }  // namespace
@@ -178,7 +190,7 @@ void embedding_backward(Device& dev, Grad<Device> dtable, void* scratch, const i
   constexpr int64_t buckets = 1 << digit_bits;
   int32_t* order[2] = {static_cast<int32_t*>(scratch), static_cast<int32_t*>(scratch) + N};
   int32_t *totals = order[1] + N, *offsets = totals + buckets, *counts = offsets + buckets + 1;
-  float* pieces = reinterpret_cast<float*>(counts + bucket_tiles(N) * buckets);
+  float* pieces = static_cast<float*>(scratch) + sort_ints(N);
   const int32_t* from = nullptr;
   for (int p = 0; p < passes(V); ++p) {
     int32_t* to = order[p % 2];
@@ -186,24 +198,26 @@ void embedding_backward(Device& dev, Grad<Device> dtable, void* scratch, const i
                  PlacePosition{to, from, offsets});
     from = to;
   }
-  auto sum = [&]<int W>() {
-    int64_t chunks = ceil_div(C, W), threads = std::min<int64_t>(256, ceil_div(chunks, 32) * 32);
-    dim3 grid(unsigned(ceil_div(N, run)), unsigned(ceil_div(chunks, threads)));
-    launch(dev, sum_runs<Real, W>, grid, unsigned(threads), 0, dtable.data, dtable.wide, pieces, from, tokens, dout, N,
-           C, int(V));
-    launch(dev, join_runs<Real, W>, grid, unsigned(threads), 0, dtable.data, dtable.wide, pieces, from, tokens, N, C,
-           int(V));
+  auto sum = [&]<int W, class G>(G* gradient) {
+    auto run_launch = [&]<int width>(auto kernel, auto... args) {
+      int64_t chunks = ceil_div(C, width), threads = std::min<int64_t>(256, ceil_div(chunks, 32) * 32);
+      dim3 grid(unsigned(ceil_div(N, run)), unsigned(ceil_div(chunks, threads)));
+      launch(dev, kernel, grid, unsigned(threads), 0, gradient, pieces, from, tokens, args..., N, C, int(V));
+    };
+    constexpr int join_width = W < 4 ? W : 4;  // pieces are fp32
+    run_launch.template operator()<W>(sum_runs<Real, G, W>, dout);
+    run_launch.template operator()<join_width>(join_runs<G, join_width>);
   };
-  if (packable<Real>(C, dout, dtable.data))
-    sum.template operator()<Pack<Real>::n>();
-  else
-    sum.template operator()<1>();
+  dtable.visit([&](auto* gradient) {
+    if (packable<Real>(C, dout, gradient, scratch))
+      sum.template operator()<Pack<Real>::n>(gradient);
+    else
+      sum.template operator()<1>(gradient);
+  });
 }
 template <class Device>
 size_t embedding_backward_scratch_bytes(int64_t N, int64_t C, int64_t) {
-  constexpr int64_t buckets = 1 << digit_bits;
-  return size_t(2 * N + 2 * buckets + 1) * sizeof(int32_t) + bucket_scratch_bytes(N, buckets) +
-         size_t(ceil_div(N, run) * 2 * C) * sizeof(float);
+  return size_t(sort_ints(N) + ceil_div(N, run) * 2 * C) * sizeof(float);
 }
 
 #define INSTANTIATE(Real)                                                                                             \

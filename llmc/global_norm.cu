@@ -6,26 +6,65 @@
 
 namespace {
 
+// This thread's part of the sum of squares over `rows` rows, row r beginning at element first[r]: of all pieces of W
+// columns, row by row, every view_threads-th. The next piece's place is found by additions: a division for each would
+// take longer than its 16 bytes take to arrive. second: the other part of a tied gradient, or null.
+template <int W, bool tied, class T>
+__device__ float sum_squares(const T* grad, const float* second, const int64_t* first, unsigned rows, unsigned pieces) {
+  constexpr int batch = tied ? 4 : 8;  // pieces in flight
+  const unsigned total = rows * pieces, rows_a_step = view_threads / pieces, pieces_a_step = view_threads % pieces;
+  unsigned row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+  float sum = 0;
+  for (unsigned i0 = threadIdx.x; i0 < total; i0 += batch * view_threads) {
+    PieceOf<T, W> g[batch] = {};
+    PieceOf<float, W> other[tied ? batch : 1] = {};
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      if (i0 + b * view_threads < total) {
+        const int64_t at = first[row] + int64_t(piece) * W;
+        g[b] = load_piece<W>(grad + at);
+        if constexpr (tied) other[b] = load_piece<W>(second + at);
+      }
+      row += rows_a_step, piece += pieces_a_step;
+      if (piece >= pieces) piece -= pieces, ++row;
+    }
+#pragma unroll
+    for (int b = 0; b < batch; ++b)
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        float value = to_float(g[b].v[i]);
+        if constexpr (tied) value += other[b].v[i];
+        sum += value * value;
+      }
+  }
+  return sum;
+}
+template <class T>
+__device__ float sum_squares(const T* grad, const float* second, const int64_t* first, int rows, int64_t cols) {
+  constexpr int W = Pack<T>::n;
+  if (cols % W)
+    return second ? sum_squares<1, true>(grad, second, first, unsigned(rows), unsigned(cols))
+                  : sum_squares<1, false>(grad, second, first, unsigned(rows), unsigned(cols));
+  return second ? sum_squares<W, true>(grad, second, first, unsigned(rows), unsigned(cols / W))
+                : sum_squares<W, false>(grad, second, first, unsigned(rows), unsigned(cols / W));
+}
+
 template <class Device>
-__global__ void __launch_bounds__(view_threads)
+__global__ void __launch_bounds__(view_threads, 4)  // 64 registers, which the batch needs
     norm_partials(float* partials, const ParameterView<Device>* views, int64_t n_views) {
+  __shared__ int64_t first[norm_block_rows];  // the first element of each row
   int64_t blocks = view_blocks(views, n_views);
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
     const ParameterView<Device> p = views[view_of_block(views, n_views, b)];
-    float sum = 0;
-    auto add = [&]<int W>() {
-      each_piece<W>(p, b, [&](int64_t at) {
-        float g[W];
-        load_gradient<W>(g, p, at);
-#pragma unroll
-        for (int i = 0; i < W; ++i) sum += g[i] * g[i];
-      });
-    };
-    if (p.cols % 8 == 0)
-      add.template operator()<8>();
-    else
-      add.template operator()<1>();
-    sum = block_sum(sum);
+    const int64_t row0 = (b - p.first_partial) * norm_block_rows;
+    const int rows = int(min(p.rows - row0, norm_block_rows));
+    if (int(threadIdx.x) < rows) first[threadIdx.x] = p.map(row0 + threadIdx.x) * p.cols;
+    __syncthreads();
+    const float* second = static_cast<const float*>(p.second_grad.data);
+    float sum = p.grad.wide
+                    ? sum_squares(static_cast<const float*>(p.grad.data), second, first, rows, p.cols)
+                    : sum_squares(static_cast<const typename Device::Real*>(p.grad.data), second, first, rows, p.cols);
+    sum = block_sum(sum);  // its barriers also part this round's reads of `first` from the next's writes
     if (threadIdx.x == 0) partials[b] = sum;
   }
 }
@@ -59,7 +98,10 @@ __global__ void __launch_bounds__(1024)
 template <class Device>
 void global_norm_partials(Device& dev, typename Device::Acc* partials, const ParameterView<Device>* views,
                           int64_t n_views) {
-  launch(dev, norm_partials<Device>, view_grid(dev), view_threads, 0, partials, views, n_views);
+  // Several times what fits on the GPU: row blocks differ in size, and a block that waits takes the place of one that
+  // is done.
+  launch(dev, norm_partials<Device>, dim3(unsigned(dev.multiprocessors * 32)), view_threads, 0, partials, views,
+         n_views);
 }
 
 template <class Device>

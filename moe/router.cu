@@ -1,5 +1,6 @@
-// The router on the GPU. Logits come from one dense product; everything after it, scores, log-sum-exp, top-k, gates and
-// balance statistics, is one kernel in which a group of lanes holds all E scores of a token in registers.
+// The router on the GPU. In bf16 each pass is one kernel wherever the shape allows (router_fused.cuh). Elsewhere logits
+// come from one dense product, and everything after it is a kernel in which a group of lanes holds all E scores of a
+// token in registers (router_token.cuh).
 //
 // The backward pass needs ds (N,E) in fp32 times bf16 matrices. Tensor cores multiply bf16, so ds is written as the sum
 // of three bf16 numbers, which hold all 24 bits of it, and the products with them are summed in fp32: as exact as fp32.
@@ -7,180 +8,26 @@
 
 #include "llmc/cuda_common.cuh"
 #include "llmc/cuda_matmul.cuh"
+#include "moe/router_fused.cuh"
+#include "moe/router_token.cuh"
 
 namespace {
 
-constexpr int threads = 256, max_top_k = 32;
+using namespace router_token;
+
+constexpr int threads = 256;
 constexpr int block_tokens = 64;  // tokens whose statistics are summed before the blocks are
 
-// A group of LANES lanes holds the E values of one token, lane l those of experts l, l + LANES, ...
+// logits (N,E); grid (G, blocks of a group of statistics)
 template <int LANES, int V>
-struct Scores {
-  float v[V];
-  static __device__ int lane() { return threadIdx.x % LANES; }
-  static __device__ int expert(int i) { return i * LANES + lane(); }
-  static __device__ float sum(float x) {
-#pragma unroll
-    for (int step = LANES / 2; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-  }
-  static __device__ float maximum(float x) {
-#pragma unroll
-    for (int step = LANES / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-    return x;
-  }
-  __device__ void load(const float* row, int E) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = expert(i) < E ? row[expert(i)] : -INFINITY;
-  }
-  // The value of expert e, in every lane of the group.
-  __device__ float of(int e) const {
-    float mine = 0;
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (e / LANES == i) mine = v[i];
-    return __shfl_sync(~0u, mine, e % LANES, LANES);
-  }
-  // p from the logits s.
-  __device__ void activate(const Scores& s, float lse, int E, Gate gate) {
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      v[i] = expert(i) >= E ? 0 : gate == Gate::softmax ? expf(s.v[i] - lse) : 1.0f / (1.0f + expf(-s.v[i]));
-  }
-  __device__ float total() const {
-    float t = 0;
-#pragma unroll
-    for (int i = 0; i < V; ++i) t += v[i];
-    return sum(t);
-  }
-};
-
-// The best of key over the group's experts that are not yet taken; ties, and NaN, to the lower index.
-template <int LANES, int V>
-__device__ int best_expert(const float (&key)[V], unsigned taken, int E) {
-  float value = 0;
-  int best = -1;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    int e = Scores<LANES, V>::expert(i);
-    if (e < E && !(taken >> i & 1) && (best < 0 || key[i] > value)) value = key[i], best = e;
-  }
-#pragma unroll
-  for (int step = LANES / 2; step; step /= 2) {
-    float other = __shfl_xor_sync(~0u, value, step);
-    int e = __shfl_xor_sync(~0u, best, step);
-    if (e < 0) continue;
-    bool higher = best < 0 || other > value;
-    // Neither greater: equal, or a NaN is among them; as in a scan from the lowest index, the lower stays.
-    if (higher && !(best >= 0 && best < e && !(other > value)))
-      value = other, best = e;
-    else if (best >= 0 && e < best && !(value > other))
-      value = other, best = e;
-  }
-  return best;
-}
-
-template <int LANES, int V>
-__global__ void __launch_bounds__(threads)
-    choose(float* gates, int32_t* top_k_index, float* lse, float* block_prob, int32_t* block_count, const float* logits,
-           const float* bias, const int32_t* replay, RouterShape shape, DeviceStatus* status, int layer) {
-  using S = Scores<LANES, V>;
-  constexpr int groups = threads / LANES;
-  __shared__ float probs[groups][LANES];  // one i at a time
-  __shared__ int32_t counts[groups][LANES];
-  int E = int(shape.E), K = int(shape.K), group = threadIdx.x / LANES;
-  // grid (G, blocks of a group of statistics)
-  int64_t per_group = shape.N / shape.G, base = int64_t(blockIdx.x) * per_group;
-  int64_t first = int64_t(blockIdx.y) * block_tokens, end = min(per_group, first + block_tokens);
-  float prob[V] = {};
-  int count[V] = {};
-  for (int64_t start = first; start < end; start += groups) {
-    bool live = start + group < end;  // no early exit: lanes of a warp work together
-    int64_t n = base + (live ? start + group : first);
-    S s, p;
-    s.load(logits + n * E, E);
-    float largest = -INFINITY, sum = 0;
-#pragma unroll
-    for (int i = 0; i < V; ++i) largest = fmaxf(largest, s.v[i]);
-    largest = S::maximum(largest);
-#pragma unroll
-    for (int i = 0; i < V; ++i) sum += S::expert(i) < E ? expf(s.v[i] - largest) : 0;
-    float l = largest + logf(S::sum(sum));
-    if (live && S::lane() == 0) lse[n] = l;
-    p.activate(s, l, E, shape.gate);
-
-    float key[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) key[i] = S::expert(i) < E ? p.v[i] + (bias ? bias[S::expert(i)] : 0) : 0;
-    unsigned taken = 0;
-    // Lane k of the group keeps choice k; where there are more choices than lanes, the next k's are in further slots.
-    constexpr int slots = (max_top_k + LANES - 1) / LANES;
-    int chosen[slots];
-    float gate[slots];
-    float chosen_sum = 0, largest_chosen = -INFINITY;
-    for (int k = 0; k < K; ++k) {
-      int e;
-      if (replay) {
-        e = replay[n * K + k];
-        if (e < 0 || e >= E) {
-          if (live && S::lane() == 0) report_fault(status, layer, DeviceStatus::expert_out_of_range, n, e);
-          e = 0;
-        }
-      } else {
-        e = best_expert<LANES, V>(key, taken, E);
-      }
-      if (S::lane() == e % LANES) {
-        taken |= 1u << (e / LANES);
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-          if (live && e / LANES == i) ++count[i];
-      }
-      float logit = s.of(e), score = p.of(e);
-      largest_chosen = fmaxf(largest_chosen, logit);
-#pragma unroll
-      for (int i = 0; i < slots; ++i)
-        if (k == i * LANES + S::lane())
-          chosen[i] = e, gate[i] = shape.gate == Gate::softmax && shape.norm_topk_prob ? logit : score;
-    }
-    // Unscaled gates: p, or for renormalised softmax the softmax over the chosen logits, the same but never 0/0.
-    bool among_chosen = shape.gate == Gate::softmax && shape.norm_topk_prob;
-#pragma unroll
-    for (int i = 0; i < slots; ++i)
-      if (i * LANES + S::lane() < K) {
-        if (among_chosen) gate[i] = expf(gate[i] - largest_chosen);
-        chosen_sum += gate[i];
-      }
-    chosen_sum = S::sum(chosen_sum);
-    float factor = 1;
-    if (among_chosen) factor = 1.0f / chosen_sum;
-    if (shape.gate == Gate::sigmoid) {
-      factor = float(shape.route_scale);
-      if (shape.norm_topk_prob) factor /= chosen_sum + 1e-20f;
-    }
-#pragma unroll
-    for (int i = 0; i < slots; ++i) {
-      int k = i * LANES + S::lane();
-      if (live && k < K) gates[n * K + k] = gate[i] * factor, top_k_index[n * K + k] = chosen[i];
-    }
-    float norm = shape.gate == Gate::sigmoid ? 1.0f / p.total() : 1.0f;
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (live) prob[i] += p.v[i] * norm;
-  }
-  int64_t block = int64_t(blockIdx.x) * gridDim.y + blockIdx.y;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    __syncthreads();
-    probs[group][S::lane()] = prob[i], counts[group][S::lane()] = count[i];
-    __syncthreads();
-    int e = i * LANES + int(threadIdx.x);
-    if (threadIdx.x < LANES && e < E) {
-      float sum = 0;
-      int total = 0;
-      for (int g = 0; g < groups; ++g) sum += probs[g][threadIdx.x], total += counts[g][threadIdx.x];
-      block_prob[block * E + e] = sum, block_count[block * E + e] = total;
-    }
-  }
+__global__ void __launch_bounds__(threads) choose(Forward f, const float* logits) {
+  __shared__ float probs[threads];
+  __shared__ int32_t counts[threads];
+  const int64_t per_group = f.shape.N / f.shape.G, first = int64_t(blockIdx.y) * block_tokens;
+  const int64_t n0 = int64_t(blockIdx.x) * per_group + first;
+  choose_tokens<LANES, V, threads>(f, logits + n0 * f.shape.E, int(f.shape.E), n0,
+                                   int(min(int64_t(block_tokens), per_group - first)),
+                                   int64_t(blockIdx.x) * gridDim.y + blockIdx.y, probs, counts);
 }
 
 // A warp an entry of (G,E): its blocks' sums, in a fixed order.
@@ -191,6 +38,7 @@ __global__ void sum_statistics(float* group_prob, int32_t* group_count, const fl
   int64_t g = entry / E, e = entry % E;
   float sum = 0;
   int count = 0;
+#pragma unroll 8
   for (int b = threadIdx.x % 32; b < blocks; b += 32) {
     int64_t at = (g * blocks + b) * E + e;
     sum += block_prob[at], count += block_count[at];
@@ -221,76 +69,23 @@ __global__ void __launch_bounds__(1024)
 // ds of every token, in place of its logits (parts null), or as three bf16 numbers: ds = parts[e] + parts[E+e] +
 // parts[2E+e], rows of `width` elements, the rest zero.
 template <int LANES, int V>
-__global__ void __launch_bounds__(threads)
-    logit_gradient(float* logits, bf16* parts, int width, const float* dgates, const float* gates,
-                   const int32_t* top_k_index, const float* lse, const int32_t* group_count, const StepParams* params,
-                   RouterShape shape) {
-  using S = Scores<LANES, V>;
-  int E = int(shape.E), K = int(shape.K);
-  int64_t token = int64_t(blockIdx.x) * (threads / LANES) + threadIdx.x / LANES, n = min(token, shape.N - 1);
-  int64_t per_group = shape.N / shape.G;
-  float z_scale = float(2 * shape.z_coef * params->micro_step_scale / double(shape.N));
-  // d aux / d P_e of a token's group, per selection counted: coef * E / G * f_e / tokens, f_e = count / (tokens * K).
-  float aux_scale = float(shape.aux_coef * params->micro_step_scale * double(shape.E) / double(shape.G) /
-                          (double(per_group) * double(per_group) * double(shape.K)));
-  S s, p, d;
-  s.load(logits + n * E, E);
-  float l = lse[n];
-  p.activate(s, l, E, shape.gate);
-
-  const int32_t* count = group_count + n / per_group * E;
-  float norm = shape.gate == Gate::softmax ? 1.0f : 1.0f / p.total(), weighted = 0, dp[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    dp[i] = S::expert(i) < E ? aux_scale * float(count[S::expert(i)]) : 0;
-    weighted += dp[i] * p.v[i] * norm;
+__global__ void __launch_bounds__(threads) logit_gradient(float* logits, bf16* parts, int width, Backward b) {
+  const int E = int(b.shape.E);
+  // no early exit: lanes of a warp work together
+  const int64_t token = int64_t(blockIdx.x) * (threads / LANES) + threadIdx.x / LANES, n = min(token, b.shape.N - 1);
+  float* row = logits + n * E;
+  float ds[V];
+  const LogitGradient<LANES, V> gradient(b, n / (b.shape.N / b.shape.G));
+  gradient(ds, row, Choice<LANES>(b, n));
+  __syncwarp();  // the row has been read
+  if (token >= b.shape.N) return;
+  if (parts) {
+    store_parts<LANES, V>(parts + n * width, ds, E, width);
+    return;
   }
-  weighted = S::sum(weighted);
 #pragma unroll
-  for (int i = 0; i < V; ++i) dp[i] = (dp[i] - weighted) * norm;
-
-  const float *g = gates + n * K, *dg = dgates + n * K;
-  const int32_t* chosen = top_k_index + n * K;
-  float chosen_sum = 0, inner = 0, z = z_scale * l;
-  for (int k = 0; k < K; ++k) {
-    float score = p.of(chosen[k]);
-    chosen_sum += score;
-    inner += dg[k] * (shape.norm_topk_prob ? g[k] : score);
-  }
-  bool softmax = shape.gate == Gate::softmax;
-  float scale = float(shape.route_scale), sum = chosen_sum + 1e-20f;
-#pragma unroll
-  for (int i = 0; i < V; ++i) d.v[i] = softmax ? p.v[i] * (dp[i] + z - (shape.norm_topk_prob ? 0 : inner)) : dp[i];
-  for (int k = 0; k < K; ++k) {
-    int e = chosen[k];
-    if (S::lane() != e % LANES) continue;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (e / LANES != i) continue;
-      if (softmax)
-        d.v[i] += shape.norm_topk_prob ? g[k] * (dg[k] - inner) : p.v[i] * dg[k];
-      else
-        d.v[i] += shape.norm_topk_prob ? (scale * dg[k] - inner) / sum : scale * dg[k];
-    }
-  }
-  if (token >= shape.N) return;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    int e = S::expert(i);
-    if (e >= E) continue;
-    float ds = softmax ? d.v[i] : p.v[i] * (1.0f - p.v[i]) * d.v[i] + z * expf(s.v[i] - l);
-    if (!parts) {
-      logits[n * E + e] = ds;
-      continue;
-    }
-    bf16* row = parts + n * width;
-    for (int part = 0; part < 3; ++part) {
-      row[part * E + e] = from_float<bf16>(ds);
-      ds -= rounded<bf16>(ds);
-    }
-  }
-  if (parts)
-    for (int e = 3 * E + S::lane(); e < width; e += LANES) parts[n * width + e] = from_float<bf16>(0);
+  for (int i = 0; i < V; ++i)
+    if (Group<LANES>::index(i) < E) row[Group<LANES>::index(i)] = ds[i];
 }
 
 // wg three times over, one below the other, and zeros up to `rows` rows of C.
@@ -336,7 +131,14 @@ void with_expert_shape(const RouterShape& shape, F f) {
   fail("the router on the GPU: at most 512 experts, not ", shape.E);
 }
 
-// Pieces of the scratch memory, each at a multiple of 256 bytes.
+// (G, blocks of a group of statistics), where a block has `tokens` tokens
+dim3 statistics_grid(const RouterShape& s, int64_t tokens) {
+  const int64_t blocks = ceil_div(s.N / s.G, tokens);
+  if (blocks > 65535) fail("the router on the GPU: at most ", 65535 * tokens, " tokens share balance statistics");
+  return dim3(unsigned(s.G), unsigned(blocks));
+}
+
+// Pieces of the scratch memory, each at a multiple of 256 bytes: enough for either way.
 template <class Real>
 struct Scratch {
   static constexpr bool split = std::is_same_v<Real, bf16>;
@@ -356,6 +158,23 @@ struct Scratch {
   }
 };
 
+// Whether a pass is one kernel (router_fused.cuh); p: the matrices that it reads and writes in rows of C.
+template <class Real, class... Pointers>
+bool is_fused(const GpuBase& dev, const RouterShape& s, Pointers... p) {
+  return std::is_same_v<Real, bf16> && !dev.portable && !dev.plain_matmul && s.E <= 128 && packable<Real>(s.C, p...) &&
+         dev.shared_bytes_per_block >= size_t(router_fused::Layout<32, 4>::bytes);
+}
+// Calls f<Layout>(grid) for a fused kernel.
+template <class F>
+void with_layout(const RouterShape& shape, F f) {
+  with_expert_shape(shape, [&]<int LANES, int V>() {
+    if constexpr (LANES * V <= 128) {
+      using L = router_fused::Layout<LANES, V>;
+      f.template operator()<L>(statistics_grid(shape, L::tokens));
+    }
+  });
+}
+
 }  // namespace
 
 template <class Device>
@@ -363,21 +182,35 @@ void router_forward(Device& dev, typename Device::Acc* gates, int32_t* top_k_ind
                     typename Device::Acc* group_prob, int32_t* group_count, void* scratch,
                     const typename Device::Real* x, const typename Device::Real* wg, const typename Device::Acc* bias,
                     const int32_t* replay, RouterShape s) {
-  Scratch<typename Device::Real> at(s);
+  using Real = typename Device::Real;
+  Scratch<Real> at(s);
   char* memory = static_cast<char*>(scratch);
-  float *logits = reinterpret_cast<float*>(memory + at.logits),
-        *prob = reinterpret_cast<float*>(memory + at.block_prob);
-  int32_t* count = reinterpret_cast<int32_t*>(memory + at.block_count);
-  dense_product(dev, view(logits, s.E), memory + at.product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C,
-                false);
-  int blocks = int(ceil_div(s.N / s.G, block_tokens));
-  if (blocks > 65535) fail("the router on the GPU: at most ", 65535 * block_tokens, " tokens share balance statistics");
-  with_expert_shape(s, [&]<int LANES, int V>() {
-    launch(dev, choose<LANES, V>, dim3(unsigned(s.G), unsigned(blocks)), threads, 0, gates, top_k_index, lse, prob,
-           count, logits, bias, replay, s, dev.status, dev.layer);
-  });
-  launch(dev, sum_statistics, dim3(unsigned(ceil_div(s.G * s.E, 8))), 256, 0, group_prob, group_count, prob, count,
-         blocks, int(s.E), s.G * s.E);
+  Forward f{gates,
+            top_k_index,
+            lse,
+            reinterpret_cast<float*>(memory + at.block_prob),
+            reinterpret_cast<int32_t*>(memory + at.block_count),
+            bias,
+            replay,
+            s,
+            dev.status,
+            dev.layer};
+  dim3 grid;
+  if (is_fused<Real>(dev, s, x, wg)) {
+    if constexpr (std::is_same_v<Real, bf16>)
+      with_layout(s, [&]<class L>(dim3 blocks) {
+        grid = blocks;
+        launch(dev, router_fused::forward<L>, grid, L::threads, L::bytes, f, x, wg);
+      });
+  } else {
+    float* logits = reinterpret_cast<float*>(memory + at.logits);
+    dense_product(dev, view(logits, s.E), memory + at.product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C,
+                  false);
+    grid = statistics_grid(s, block_tokens);
+    with_expert_shape(s, [&]<int LANES, int V>() { launch(dev, choose<LANES, V>, grid, threads, 0, f, logits); });
+  }
+  launch(dev, sum_statistics, dim3(unsigned(ceil_div(s.G * s.E, 8))), 256, 0, group_prob, group_count, f.block_prob,
+         f.block_count, int(grid.y), int(s.E), s.G * s.E);
 }
 
 template <class Device>
@@ -399,16 +232,27 @@ void router_backward(Device& dev, typename Device::Real* dx, Grad<Device> dwg, v
   void* product = memory + at.product;
   constexpr bool split = Scratch<Real>::split;
   bf16* parts = split ? reinterpret_cast<bf16*>(memory + at.parts) : nullptr;
-  dense_product(dev, view(logits, s.E), product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C, false);
-  with_expert_shape(s, [&]<int LANES, int V>() {
-    launch(dev, logit_gradient<LANES, V>, dim3(unsigned(ceil_div(s.N, threads / LANES))), threads, 0, logits, parts,
-           int(at.width), dgates, gates, top_k_index, lse, group_count, params, s);
-  });
+  const int width = int(at.width);
+  const Backward b{dgates, gates, top_k_index, lse, group_count, params, s};
+  const bool fused = is_fused<Real>(dev, s, x, wg, dx);
+  if (!fused) {
+    dense_product(dev, view(logits, s.E), product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C, false);
+    with_expert_shape(s, [&]<int LANES, int V>() {
+      launch(dev, logit_gradient<LANES, V>, dim3(unsigned(ceil_div(s.N, threads / LANES))), threads, 0, logits, parts,
+             width, b);
+    });
+  }
   if constexpr (split) {
-    bf16* weights = reinterpret_cast<bf16*>(memory + at.weights);
-    launch(dev, repeat_weight, dim3(unsigned(dev.multiprocessors)), 256, 0, weights, wg, s.E, s.C, at.width);
-    dense_product(dev, view(dx, s.C), product, view(parts, at.width), false, view(weights, s.C), false, s.N, s.C,
-                  at.width, false);
+    if (fused) {
+      with_layout(s, [&]<class L>(dim3 grid) {
+        launch(dev, router_fused::backward<L>, grid, L::threads, L::bytes, dx, parts, width, b, x, wg);
+      });
+    } else {
+      bf16* weights = reinterpret_cast<bf16*>(memory + at.weights);
+      launch(dev, repeat_weight, dim3(unsigned(dev.multiprocessors)), 256, 0, weights, wg, s.E, s.C, at.width);
+      dense_product(dev, view(dx, s.C), product, view(parts, at.width), false, view(weights, s.C), false, s.N, s.C,
+                    at.width, false);
+    }
     dense_product(dev, view(sums, s.C), product, view(parts, at.width), true, view(x, s.C), false, at.width, s.C, s.N,
                   false);
   } else {

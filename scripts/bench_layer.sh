@@ -30,7 +30,7 @@ short_name='import sys, compare_curves; print(compare_curves.short_name(sys.argv
 [ -x "$build/moe_layer" ] || { echo "bench_layer: no $build/moe_layer (make dev builds it where nvcc is)" >&2; exit 1; }
 
 failed=()
-"$build/moe_layer" "${common[@]}" --out "$out" --run-id "$RUN_ID" || failed+=(moe_layer)
+"$build/moe_layer" --variants production "${common[@]}" --out "$out" --run-id "$RUN_ID" || failed+=(moe_layer)
 python3 dev/moe_layer/peers.py "${common[@]}" "${peers[@]}" --json "$out" --run-id "$RUN_ID" || failed+=(peers.py)
 echo
 python3 scripts/layer_table.py "$out" --run-id "$RUN_ID" || failed+=(layer_table.py)

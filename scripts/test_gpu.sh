@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: every op against the CPU in double precision, the whole model against the PyTorch
-# reference and against itself, the trainer end to end, and compute-sanitizer's four checkers. Closes with 'N passed, M
-# failed'; fails if any did. On an H100 with 16 cores the tests take two and a half minutes, each of the first three
-# checkers one, the race checker several.
+# reference and against itself, the trainer end to end, compute-sanitizer's four checkers on them, and two of these on every
+# rung of dev/. Closes with 'N passed, M failed'; fails if any did. On an H100 with 16 cores the tests take two and a half
+# minutes, each of the first three checkers one, the race checker several.
 #   scripts/test_gpu.sh            BUILD=folder  where to build (default build-test)
 #   PREBUILT=1                     test what BUILD holds, without building
 #   CHECKERS="memcheck racecheck"  only these of memcheck, initcheck, synccheck, racecheck
@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 if [ -z "${PREBUILT:-}" ]; then
   jobs=$(nproc 2>/dev/null || echo 2)
   [ -f "$build/CMakeCache.txt" ] || cmake --preset release -B "$build" >/dev/null || exit 1
-  cmake --build "$build" -j "$jobs" || exit 1
+  cmake --build "$build" -j "$jobs" && cmake --build "$build" -j "$jobs" --target dev_cuda || exit 1
 fi
 ops=(test_gpu_device test_gpu_matmul test_gpu_ops test_gpu_update test_gpu_router test_gpu_dispatch test_gpu_experts test_gpu_attention)
 [ -x "$build/${ops[0]}" ] || { echo "test_gpu: $build has no GPU tests: it was built without CUDA (nvcc 12.5 or later)" >&2; exit 1; }
@@ -100,6 +100,24 @@ PYTHON
       [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$program.log"
     done
     echo "$tool: done"
+  done
+
+  # Every rung at its reduced size. Two kernels that wait for each other (collectives) do not run under a checker.
+  ladders=()
+  for rung in dev/*/01_*.cuh; do
+    name=$(basename "$(dirname "$rung")")
+    [ "$name" = collectives ] || ladders+=("$name")
+  done
+  for tool in ${CHECKERS:-memcheck racecheck}; do
+    case $tool in memcheck | racecheck) ;; *) continue ;; esac
+    for name in "${ladders[@]}"; do check "$name" $tool "$build/$name" --check-only; done
+    wait
+    for name in "${ladders[@]}"; do
+      status=$(cat "$work/$tool.$name.status")
+      count "$tool dev/$name (status $status)" "$status"
+      [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$name.log"
+    done
+    echo "$tool of dev/: done"
   done
 fi
 

@@ -1,14 +1,16 @@
-// The classifier, in two parts.
+// The classifier, in two parts; README.md of this folder walks through them.
 //   ce-*    cross_entropy() alone on logits (n,Vp), which it turns into their gradient in place. Bound by memory: every
-//           logit is read and written once. 0: production. 1: a block a row (naive.cuh). copy: the floor.
-//   loop-*  the whole op: three products and the cross-entropy of every chunk of tokens. 0: production, in chunks as the
-//           model has them; the same in smaller and larger chunks; products: the products alone, through cuBLASLt.
+//           logit is read and written once. 0: production. 01 to 03: a rung a file. copy: the floor.
+//   loop-*  the whole op: three products and the cross-entropy of every chunk of tokens. 0: production, in chunks as
+//           the model has them; the same in smaller and larger ones; products: the products alone, through cuBLASLt.
 //
-//   build/classifier [--shapes ce-2048,loop-gpt124,...] [--quick]
+//   dev/classifier/classifier [variant] [shape]
 #include "llmc/classifier.h"
 
 #include "dev/bench.h"
-#include "dev/classifier/naive.cuh"
+#include "dev/classifier/01_naive.cuh"
+#include "dev/classifier/02_online.cuh"
+#include "dev/classifier/03_vectorised.cuh"
 #include "llmc/random.h"
 
 namespace {
@@ -23,7 +25,10 @@ const std::vector<Shape> shapes = {{"ce-640", 640, 0, 50257},
                                    {"ce-8192", 8192, 0, 50257},
                                    {"loop-gpt124", 32768, 768, 50257},
                                    {"loop-olmoe", 16384, 2048, 50304}};
-Shape reduced(Shape s) { return s.C ? Shape{s.name, 1000, s.C, 3000} : Shape{s.name, 100, 0, s.V}; }
+// V stays as it is where it decides whether a row fits in shared memory.
+Shape reduced(Shape s) {
+  return s.C ? Shape{s.name, 500, std::min<int64_t>(s.C, 256), 1003} : Shape{s.name, 24, 0, s.V};
+}
 
 // Every sixteenth position has no target.
 std::vector<int32_t> random_targets(int64_t N, int64_t V) {
@@ -41,7 +46,7 @@ Case make_cross_entropy(Lab& lab, const Shape& s) {
   const int32_t* targets = lab.upload(ids);
   const StepParams* params = lab.upload(std::vector<StepParams>{step});
   bf16 *fresh = lab.normal<bf16>(N * Vp, 2), *logits = lab.copy_of(fresh, N * Vp);
-  float* losses = lab.memory<float>(N);
+  float *losses = lab.memory<float>(N), *p = lab.memory<float>(N * Vp);
 
   Case c;
   c.shape = s.name;
@@ -50,9 +55,14 @@ Case make_cross_entropy(Lab& lab, const Shape& s) {
   c.outputs = {output("losses", losses, N), output("dlogits", logits, N * Vp, 0, Before::input)};
   c.variants.push_back(
       {"production", "ours", [=, &dev] { cross_entropy(dev, losses, logits, targets, params, 0, N, V, Vp, true); }});
-  c.variants.push_back(
-      {"naive", "ours-naive",
-       [=, &dev] { launch(dev, naive::cross_entropy, unsigned(N), 512, 0, losses, logits, targets, params, V, Vp); }});
+  Variant naive{"01_naive", "ours-01_naive",
+                [=, &dev] { naive::cross_entropy(dev, losses, logits, p, targets, params, N, V, Vp); }};
+  naive.forward_work.bytes = 12.0 * double(N * Vp);
+  c.variants.push_back(std::move(naive));
+  c.variants.push_back({"02_online", "ours-02_online",
+                        [=, &dev] { online::cross_entropy(dev, losses, logits, targets, params, N, V, Vp); }});
+  c.variants.push_back({"03_vectorised", "ours-03_vectorised",
+                        [=, &dev] { vectorised::cross_entropy(dev, losses, logits, targets, params, N, V, Vp); }});
   c.variants.push_back(copy_floor(lab, c.forward));
   c.reference = [=, &lab] {
     Cpu<double> cpu;

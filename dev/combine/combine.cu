@@ -1,17 +1,18 @@
-// Expert rows back to tokens: with gates as the forward pass has it, without as the backward pass does. Bound by memory:
-// K rows and the addend of every token are read, one row is written. 0: production. 1: a thread an element (naive.cuh).
-// fp32_atomics, bf16_atomics: rows are added where they belong (atomics.cuh), which does not repeat its bits.
-// copy: the floor.
+// Expert rows back to tokens: with gates as the forward pass has it, without as the backward pass does. Bound by
+// memory: K rows and the addend of every token are read, one row is written. 0: production. 01 to 04: a rung a file
+// (README.md); 02 and 03 do not repeat their bits. copy: the floor.
 //
-// Shapes "...+norm": the combine of a layer and the RMSNorm of the next. 0: production, two launches. fused_norm: one
-// (fused_norm.cuh). copy: the floor of the one.
+// Shapes "...+norm": the combine of a layer and the RMSNorm of the next. 0: production, two launches. 05_fused_norm:
+// one. copy: the floor of the one.
 //
-//   build/combine [--shapes gpt124-8x2,gpt124-8x2+norm,...] [--variants fp32_atomics,...] [--quick]
+//   dev/combine/combine [variant] [shape]
 #include "moe/combine.h"
 
-#include "dev/combine/atomics.cuh"
-#include "dev/combine/fused_norm.cuh"
-#include "dev/combine/naive.cuh"
+#include "dev/combine/01_thread_an_element.cuh"
+#include "dev/combine/02_fp32_atomics.cuh"
+#include "dev/combine/03_bf16_atomics.cuh"
+#include "dev/combine/04_gather_sum.cuh"
+#include "dev/combine/05_fused_norm.cuh"
 #include "dev/moe_shapes.h"
 #include "dev/routing.h"
 #include "llmc/rmsnorm.h"
@@ -26,15 +27,21 @@ struct Shape {
 };
 std::vector<Shape> all_shapes() {
   std::vector<Shape> all;
-  for (const MoeShape& s : moe_shapes()) all.push_back({s.name, s, false}), all.push_back({s.name + "+norm", s, true});
+  for (const char* name : {"blaze1", "gpt124-8x2", "mixtral-8x2", "olmoe-64x8"})
+    for (const MoeShape& s : moe_shapes())
+      if (s.name == name) all.push_back({s.name, s, false}), all.push_back({s.name + "+norm", s, true});
   return all;
 }
-Shape reduced(Shape s) { return {s.name, reduced_moe(s.moe), s.norm}; }
+// The width stays: it chooses the kernel of 05_fused_norm. 37 tokens are no whole number of blocks.
+Shape reduced(Shape s) {
+  s.moe.T = 37;
+  return s;
+}
 
 Case make_combine(Lab& lab, const Shape& shape) {
-  int64_t N = shape.moe.T, K = shape.moe.K, C = shape.moe.d;
+  const int64_t N = shape.moe.T, K = shape.moe.K, C = shape.moe.d;
   auto& dev = lab.dev;
-  Routing routing = make_routing(lab, N, K, shape.moe.E);
+  const Routing routing = make_routing(lab, N, K, shape.moe.E);
   const int32_t *slot_row = routing.plan.slot_row, *row_slot = routing.plan.row_slot;
   bf16 *rows = lab.normal<bf16>(N * K * C), *addend = lab.normal<bf16>(N * C);
   float *gates = lab.normal<float>(N * K), *sum = lab.memory<float>(N * C);
@@ -44,23 +51,26 @@ Case make_combine(Lab& lab, const Shape& shape) {
   c.shape = shape.name;
   c.forward.bytes = c.backward.bytes = double((K + 2) * N * C) * sizeof(bf16);
   c.outputs = {output("out", out, N * C), output("dx", dx, N * C, 1)};
-  const float* none = nullptr;
-  c.variants.push_back({"production", "ours", [=, &dev] { combine(dev, out, rows, addend, gates, slot_row, N, K, C); },
-                        [=, &dev] { combine(dev, dx, rows, addend, none, slot_row, N, K, C); }});
-  auto simple = [=, &dev](bf16* to, const float* with) {
-    launch(dev, naive::combine, unsigned(ceil_div(N * C, 256)), 256, 0, to, rows, addend, with, slot_row, N, K, C);
+  // bytes: of an element of out.
+  auto add = [&](const char* name, std::string impl, int64_t bytes, std::function<void(bf16*, const float*)> run) {
+    Variant v{name, std::move(impl), [=] { run(out, gates); }, [=] { run(dx, nullptr); }};
+    v.forward_work.bytes = v.backward_work.bytes = double(bytes * N * C);
+    c.variants.push_back(std::move(v));
   };
-  c.variants.push_back({"naive", "ours-naive", [=] { simple(out, gates); }, [=] { simple(dx, none); }});
-  auto fp32 = [=, &dev](bf16* to, const float* with) {
-    atomics::combine_fp32(dev, to, sum, rows, addend, with, row_slot, N, K, C);
-  };
-  c.variants.push_back(
-      {"fp32_atomics", "ours-nondeterministic-fp32-atomics", [=] { fp32(out, gates); }, [=] { fp32(dx, none); }});
-  auto narrow = [=, &dev](bf16* to, const float* with) {
-    atomics::combine_bf16(dev, to, rows, addend, with, row_slot, N, K, C);
-  };
-  c.variants.push_back(
-      {"bf16_atomics", "ours-nondeterministic-bf16-atomics", [=] { narrow(out, gates); }, [=] { narrow(dx, none); }});
+  const int64_t least = 2 * K + 4;
+  add("production", "ours", least,
+      [=, &dev](bf16* to, const float* with) { combine(dev, to, rows, addend, with, slot_row, N, K, C); });
+  add("01_thread_an_element", "ours-01_thread_an_element", least, [=, &dev](bf16* to, const float* with) {
+    thread_an_element::combine(dev, to, rows, addend, with, slot_row, N, K, C);
+  });
+  add("02_fp32_atomics", "ours-02_fp32_atomics", 10 * K + 12, [=, &dev](bf16* to, const float* with) {
+    atomics::combine(dev, to, sum, rows, addend, with, row_slot, N, K, C);
+  });
+  add("03_bf16_atomics", "ours-03_bf16_atomics", 6 * K + 4, [=, &dev](bf16* to, const float* with) {
+    bf16_atomics::combine(dev, to, rows, addend, with, row_slot, N, K, C);
+  });
+  add("04_gather_sum", "ours-04_gather_sum", least,
+      [=, &dev](bf16* to, const float* with) { gather_sum::combine(dev, to, rows, addend, with, slot_row, N, K, C); });
   c.variants.push_back(copy_floor(lab, c.forward, c.backward));
   c.reference = [=, &lab] {
     Cpu<double> cpu;
@@ -75,9 +85,9 @@ Case make_combine(Lab& lab, const Shape& shape) {
 
 Case make_combine_norm(Lab& lab, const Shape& shape) {
   constexpr double eps = 1e-6;
-  int64_t N = shape.moe.T, K = shape.moe.K, C = shape.moe.d;
+  const int64_t N = shape.moe.T, K = shape.moe.K, C = shape.moe.d;
   auto& dev = lab.dev;
-  Routing routing = make_routing(lab, N, K, shape.moe.E);
+  const Routing routing = make_routing(lab, N, K, shape.moe.E);
   const int32_t* slot_row = routing.plan.slot_row;
   bf16 *rows = lab.normal<bf16>(N * K * C), *addend = lab.normal<bf16>(N * C), *weight = lab.normal<bf16>(C, 0.1, 1);
   float *gates = lab.normal<float>(N * K), *rstd = lab.memory<float>(N);
@@ -87,11 +97,13 @@ Case make_combine_norm(Lab& lab, const Shape& shape) {
   c.shape = shape.name;
   c.forward.bytes = double((K + 3) * N * C) * sizeof(bf16);
   c.outputs = {output("sum", sum, N * C), output("out", out, N * C), output("rstd", rstd, N)};
-  c.variants.push_back({"production", "ours", [=, &dev] {
-                          combine(dev, sum, rows, addend, gates, slot_row, N, K, C);
-                          rmsnorm_forward(dev, out, rstd, sum, weight, N, C, eps);
-                        }});
-  c.variants.push_back({"fused_norm", "ours-fused-norm", [=, &dev] {
+  Variant production{"production", "ours", [=, &dev] {
+                       combine(dev, sum, rows, addend, gates, slot_row, N, K, C);
+                       rmsnorm_forward(dev, out, rstd, sum, weight, N, C, eps);
+                     }};
+  production.forward_work.bytes = double((K + 4) * N * C) * sizeof(bf16);
+  c.variants.push_back(production);
+  c.variants.push_back({"05_fused_norm", "ours-05_fused_norm", [=, &dev] {
                           fused_norm::combine_and_norm(dev, sum, out, rstd, rows, addend, gates, slot_row, weight, N, K,
                                                        C, eps);
                         }});

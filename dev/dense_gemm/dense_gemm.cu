@@ -2,7 +2,7 @@
 // steps: README.md of this folder walks through them. 0: production, cuBLASLt, which is what the trainer calls. 01 to
 // 10: a rung a file; those from 04 on need Hopper. 01 runs where it would take seconds only if asked for by name.
 //
-//   build/dense_gemm [--shapes 8192,...] [--variants 09_async_store,...] [--quick]
+//   make -C dev dense_gemm && dev/dense_gemm/dense_gemm [variant] [shape]
 #include "dev/bench.h"
 #include "dev/dense_gemm/01_naive.cuh"
 #include "dev/dense_gemm/02_shared_tiles.cuh"
@@ -37,10 +37,11 @@ struct Rung {
   void (*product)(GpuBase& dev, bf16* c, const bf16* a, const bf16* b, int M, int N, int K);
   bool hopper;
   double most_flops;  // by default it runs up to this size
+  bool cuda_cores = false;
 };
 constexpr double any_size = 1e30;
-const Rung rungs[] = {{"01_naive", naive::product, false, 2e11},
-                      {"02_shared_tiles", shared_tiles::product, false, any_size},
+const Rung rungs[] = {{"01_naive", naive::product, false, 2e11, true},
+                      {"02_shared_tiles", shared_tiles::product, false, any_size, true},
                       {"03_tensor_cores", tensor_cores::product, false, any_size},
                       {"04_wgmma", one_stage::product, true, any_size},
                       {"05_ring", ring::product, true, any_size},
@@ -58,7 +59,9 @@ Case make(Lab& lab, const Shape& s) {
 
   Case result;
   result.shape = s.name;
-  result.forward.flops = 2.0 * double(M) * double(N) * double(K);
+  const double flops = 2.0 * double(M) * double(N) * double(K),
+               bytes = 2.0 * (double(M) * double(K) + double(N) * double(K) + double(M) * double(N));
+  result.forward = {flops, bytes};
   result.outputs = {output("c", c, M * N)};
   result.variants.push_back(
       {"production", "ours",
@@ -69,9 +72,12 @@ Case make(Lab& lab, const Shape& s) {
     return runs;
   }();
   for (const Rung& rung : rungs)
-    if ((hopper || !rung.hopper) && (result.forward.flops < rung.most_flops || !lab.options.variants.empty()))
-      result.variants.push_back({rung.name, std::string("ours-") + rung.name,
-                                 [=, &dev, &rung] { rung.product(dev, c, a, b, s.M, s.N, s.K); }});
+    if ((hopper || !rung.hopper) && (flops < rung.most_flops || !lab.options.variants.empty())) {
+      Variant v{rung.name, std::string("ours-") + rung.name,
+                [=, &dev, &rung] { rung.product(dev, c, a, b, s.M, s.N, s.K); }};
+      if (rung.cuda_cores) v.forward_work = {0, bytes, flops};
+      result.variants.push_back(v);
+    }
   result.reference = [=, &lab] {
     Cpu<double> cpu;
     std::vector<double> a_host = lab.host(a, M * K), b_host = lab.host(b, N * K), c_host(M * N);

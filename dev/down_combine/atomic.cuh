@@ -2,7 +2,7 @@
 // pass over the tokens then adds the residual stream and rounds. The sum over a token's experts has no fixed order: it
 // does not repeat its bits.
 #pragma once
-#include "dev/combine/atomics.cuh"
+#include "dev/combine/02_fp32_atomics.cuh"
 #include "moe/experts_hopper.cuh"
 
 namespace down_combine {

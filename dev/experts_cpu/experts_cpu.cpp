@@ -2,44 +2,31 @@
 //
 // For each number of rows an expert: the whole op (gather + up with SwiGLU + down, as experts.h does it from routed
 // tokens) against the same two products an expert on rows that are already gathered, nothing else. Both run on the same
-// threads, one after the other, many times; medians of the times and of the ratio of neighbours. The result is checked
-// against plain loops in double.
+// threads, in turns, many times; medians of the times and of the ratio of neighbours. The result is checked against
+// plain loops in double.
 //
-//   build/experts_cpu [--threads N] [--json FILE]     FILE gets one line a row of the table, appended
-#include <chrono>
+//   dev/experts_cpu/experts_cpu [rows64] [--quick] [--threads N] ...     (dev/bench_cpu.h)
+#include <omp.h>
+
+#include <cmath>
 #include <cstdio>
-#include <ctime>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <string>
-#include <vector>
 
+#include "dev/bench_cpu.h"
 #include "llmc/cpu_math.h"
-#include "llmc/random.h"
 #include "moe/experts.h"
 
 namespace {
+using namespace bench_cpu;
+
 constexpr int64_t C = 256, F = 128, E = 8, K = 2;
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-double median(std::vector<double> v) {
-  std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
-  return v[v.size() / 2];
-}
-
-std::vector<float> normal_values(int64_t n, uint64_t stream, double scale) {
-  std::vector<float> v(n);
-  for (int64_t i = 0; i < n; ++i) v[i] = float(scale * random_normal(1, stream, i));
-  return v;
-}
 
 struct Problem {
   ExpertShape shape;
   std::vector<int32_t> offsets, row_slot;
-  std::vector<float> x, gathered, w13, w2, h, a, y, library_h, library_y;
-  std::vector<char> scratch;
+  Array<float> x, gathered, w13, w2, h, a, y, library_h, library_y;
+  Array<char> scratch;
   Cpu<float> dev;
 
   explicit Problem(int64_t rows) : shape{rows * E, K, E, C, F} {
@@ -56,7 +43,7 @@ struct Problem {
       row_slot.insert(row_slot.end(), s.begin(), s.end());
       offsets.push_back(int32_t(row_slot.size()));
     }
-    x = normal_values(N * C, 1, 1), w13 = normal_values(E * 2 * F * C, 2, 0.06), w2 = normal_values(E * C * F, 3, 0.09);
+    x = normal_values(N * C, 1), w13 = normal_values(E * 2 * F * C, 2, 0.06), w2 = normal_values(E * C * F, 3, 0.09);
     gathered.resize(R * C), h.resize(R * 2 * F), a.resize(R * F), y.resize(R * C);
     library_h = h, library_y = y;
     for (int64_t r = 0; r < R; ++r) std::copy_n(&x[row_slot[r] / K * C], C, &gathered[r * C]);
@@ -102,64 +89,51 @@ struct Problem {
     return std::sqrt(difference / norm);
   }
 };
+
+std::string name_of(int64_t rows) { return "rows" + std::to_string(rows); }
+
+int run(int argc, char** argv) {
+  const std::vector<int64_t> all_rows = {8, 16, 32, 64, 128, 256, 512};
+  std::vector<std::string> names;
+  for (int64_t rows : all_rows) names.push_back(name_of(rows));
+  Lab lab("experts_cpu", parse_options(argc, argv, {}, names));
+  const int threads = omp_get_max_threads();
+  if (!lab.options.json) {
+    std::printf("%d threads, C %ld, F %ld, E %ld, top_k %ld, float\n", threads, long(C), long(F), long(E), long(K));
+    std::printf("  rows an expert   expert op us  GFLOP/s   library us  GFLOP/s   op / library   error\n");
+  }
+  for (int64_t rows : all_rows) {
+    if (!lab.wants_shape(name_of(rows)) || (lab.options.check_only && rows > 32)) continue;
+    Problem p(rows);
+    p.op();
+    const double error = p.error();
+    const bool good = error < 1e-5;  // false for NaN
+    if (!good) lab.fail_with("experts_cpu " + name_of(rows) + ": the op differs from plain loops");
+    if (lab.options.check_only) {
+      std::printf("experts_cpu %s: %s\n", name_of(rows).c_str(), good ? "right" : "wrong");
+      continue;
+    }
+    const auto times = lab.time_in_turns({[&] { p.op(); }, [&] { p.plain_products(); }});
+    std::vector<double> ratios;
+    for (size_t i = 0; i < times[0].size(); ++i) ratios.push_back(times[1][i] / times[0][i]);
+    const double t = percentiles(times[0]).median, l = percentiles(times[1]).median, ratio = percentiles(ratios).median;
+    const double flop = 2.0 * double(p.shape.R) * 3 * C * F;
+    if (!lab.options.json)
+      std::printf("  %14ld %14.1f %8.1f %12.1f %8.1f %13.0f%% %9.1e\n", long(rows), t * 1e6, flop / t * 1e-9, l * 1e6,
+                  flop / l * 1e-9, 100 * ratio, error);
+    if (good)
+      lab.write({{"bench", "experts_cpu"},
+                 {"shape", "C256 F128 E8 " + name_of(rows)},
+                 {"impl", "ours"},
+                 {"ms", t * 1e3},
+                 {"library_ms", l * 1e3},
+                 {"ratio", ratio}},
+                threads);
+  }
+  return lab.exit_code();
+}
 }  // namespace
 
-std::string processor() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
-  return "unknown";
-}
-
 int main(int argc, char** argv) {
-  std::string json;
-  for (int i = 1; i < argc; i += 2) {
-    std::string option = argv[i];
-    if (i + 1 == argc || (option != "--threads" && option != "--json")) {
-      std::fprintf(stderr, "experts_cpu: usage: experts_cpu [--threads N] [--json FILE]\n");
-      return 1;
-    }
-    if (option == "--threads")
-      omp_set_num_threads(std::max(1, std::atoi(argv[i + 1])));
-    else
-      json = argv[i + 1];
-  }
-  std::string date(10, ' '), name = processor();
-  std::time_t now = std::time(nullptr);
-  std::strftime(date.data(), 11, "%F", std::gmtime(&now));
-  std::printf("%d threads, C %ld, F %ld, E %ld, top_k %ld, float\n", omp_get_max_threads(), long(C), long(F), long(E),
-              long(K));
-  std::printf("  rows an expert   expert op us  GFLOP/s   library us  GFLOP/s   op / library   error\n");
-  bool good = true;
-  for (int64_t rows : {8, 16, 32, 64, 128, 256, 512}) {
-    Problem p(rows);
-    for (int i = 0; i < 20; ++i) p.op(), p.plain_products();
-    std::vector<double> op, library, ratio;
-    for (double start = seconds(); op.size() < 200 || seconds() - start < 1.0;) {
-      double t0 = seconds();
-      p.op();
-      double t1 = seconds();
-      p.plain_products();
-      op.push_back(t1 - t0);
-      library.push_back(seconds() - t1);
-      ratio.push_back(library.back() / op.back());
-    }
-    double t = median(op), l = median(library), flop = 2.0 * double(p.shape.R) * 3 * C * F, error = p.error();
-    good = good && error < 1e-5;  // false for NaN
-    std::printf("  %14ld %14.1f %8.1f %12.1f %8.1f %13.0f%% %9.1e\n", long(rows), t * 1e6, flop / t * 1e-9, l * 1e6,
-                flop / l * 1e-9, 100 * median(ratio), error);
-    if (json.empty()) continue;
-    nlohmann::ordered_json record{{"bench", "experts_cpu"},
-                                  {"shape", "C256 F128 E8 rows" + std::to_string(rows)},
-                                  {"impl", "ours"},
-                                  {"ms", t * 1e3},
-                                  {"library_ms", l * 1e3},
-                                  {"ratio", median(ratio)},
-                                  {"threads", omp_get_max_threads()},
-                                  {"cpu", name},
-                                  {"date", date}};
-    std::ofstream(json, std::ios::app) << record.dump() << "\n";
-  }
-  if (!good) std::printf("WRONG: the expert op differs from plain loops\n");
-  return good ? 0 : 1;
+  return guarded("experts_cpu", [&] { return run(argc, argv); });
 }

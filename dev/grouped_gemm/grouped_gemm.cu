@@ -4,7 +4,7 @@
 // gather, a cuBLASLt product an expert, activation. Every variant begins with x and the routing plan and ends with h
 // and a.
 //
-//   build/grouped_gemm [--shapes fine-128x8,...] [--variants 04_gather,...] [--quick]
+//   make -C dev grouped_gemm && dev/grouped_gemm/grouped_gemm [variant] [shape]
 #include "dev/grouped_gemm/01_naive.cuh"
 #include "dev/grouped_gemm/02_launch_an_expert.cuh"
 #include "dev/grouped_gemm/03_grouped.cuh"
@@ -28,14 +28,15 @@ struct Rung {
   const char* name;
   void (*up)(Gpu<bf16>& dev, const ExpertBuffers& b);
   bool hopper;
-  double most_flops;  // by default it runs up to this size
+  double most_flops;             // by default it runs up to this size
+  bool copies_x, reads_h_again;  // gathered copy of x, activation in a kernel of its own
 };
 constexpr double any_size = 1e30;
-const Rung rungs[] = {{"01_naive", naive::up, false, 4e11},
-                      {"02_launch_an_expert", launch_an_expert::up, true, any_size},
-                      {"03_grouped", grouped_rows::up, true, any_size},
-                      {"04_gather", gathered::up, true, any_size},
-                      {"05_swiglu", fused::up, true, any_size}};
+const Rung rungs[] = {{"01_naive", naive::up, false, 4e11, false, true},
+                      {"02_launch_an_expert", launch_an_expert::up, true, any_size, true, true},
+                      {"03_grouped", grouped_rows::up, true, any_size, true, true},
+                      {"04_gather", gathered::up, true, any_size, false, true},
+                      {"05_swiglu", fused::up, true, any_size, false, false}};
 
 void library(Gpu<bf16>& dev, const ExpertBuffers& b, void* scratch) {
   const int64_t C = b.s.C, F = b.s.F;
@@ -56,7 +57,13 @@ Case make(Lab& lab, const MoeShape& shape) {
 
   Case c;
   c.shape = shape.name;
-  c.forward.flops = 4.0 * double(b.s.R) * double(b.s.C) * double(b.s.F);
+  const double R = double(b.s.R), C = double(b.s.C), F = double(b.s.F), flops = 4 * R * C * F;
+  // x and the weights are read, h and a written.
+  const double bytes = 2.0 * (R / double(b.s.K) * C + double(b.s.E) * 2 * F * C + 3 * R * F);
+  auto work = [=](bool copies_x, bool reads_h_again) {
+    return Work{flops, bytes + 2.0 * ((copies_x ? 2 * R * C : 0) + (reads_h_again ? 2 * R * F : 0))};
+  };
+  c.forward = work(false, false);
   c.outputs = {output("h", b.h, 2 * b.s.R * b.s.F), output("a", b.a, b.s.R * b.s.F)};
   c.variants.push_back({"production", "ours", [=, &dev] { production(dev, Product::up, b); }});
   static const bool hopper = [&] {
@@ -65,10 +72,14 @@ Case make(Lab& lab, const MoeShape& shape) {
     return runs;
   }();
   for (const Rung& rung : rungs)
-    if ((hopper || !rung.hopper) && (c.forward.flops < rung.most_flops || !lab.options.variants.empty()))
-      c.variants.push_back({rung.name, std::string("ours-") + rung.name, [=, &dev, &rung] { rung.up(dev, b); }});
+    if ((hopper || !rung.hopper) && (flops < rung.most_flops || !lab.options.variants.empty())) {
+      Variant v{rung.name, std::string("ours-") + rung.name, [=, &dev, &rung] { rung.up(dev, b); }};
+      v.forward_work = work(rung.copies_x, rung.reads_h_again);
+      if (!rung.hopper) v.forward_work.fp32_flops = std::exchange(v.forward_work.flops, 0);
+      c.variants.push_back(v);
+    }
   Variant products{"cublaslt", "cublaslt", [=, &dev] { library(dev, b, scratch); }};
-  products.is_library = true;
+  products.is_library = true, products.forward_work = work(true, true);
   c.variants.push_back(products);
   c.reference = [=, &lab] { return reference(lab, Product::up, b); };
   return c;

@@ -1,8 +1,10 @@
 // One MoE layer as a program of its own, planned and run as model.h does it: router, routing plan, experts, combine, and
 // backward; softmax gates renormalised over the chosen, balance loss on, expert gradients as narrow as the weights.
-// Written over the device, so that the CPU can be asked for the same layer.
+// Written over the device, so that the CPU can be asked for the same layer. A rung of the ladder (rungs.cuh) takes the
+// place of MoeLayer's two passes and shares all the rest.
 #pragma once
 #include <memory>
+#include <vector>
 
 #include "dev/moe_shapes.h"
 #include "moe/layer.h"
@@ -11,6 +13,21 @@ struct LayerSettings {
   Dispatch dispatch = Dispatch::zero_buffer;
   Recompute policy = Recompute::act;  // H kept, A computed again
   bool replays = false;               // tokens go where LayerProgram::replay says
+};
+
+// What is handed from forward to backward: production's, and what some rungs keep besides.
+template <class Device>
+struct Kept : MoeSaved<Device> {
+  Tensor<typename Device::Real> y;       // (R,C) rows as the down projection left them, for the gate gradient
+  std::vector<int32_t> offsets_on_host;  // (E+1), for the rung whose host counts rows
+};
+
+// The two passes of a layer, as MoeLayer's: forward returns out (N,C), residual added; backward returns dinput (N,C).
+template <class Device>
+struct Rung {
+  using Rows = Tensor<typename Device::Real>;
+  Rows (*forward)(MoeLayer<Device>& layer, Kept<Device>& kept, Rows input, Rows residual, bool keep);
+  Rows (*backward)(MoeLayer<Device>& layer, Kept<Device>& kept, Rows input, Rows dout);
 };
 
 template <class Device>
@@ -30,14 +47,15 @@ struct LayerProgram {
   Tensor<StepStats> stats;
   Tensor<StepParams> params;
   LayerSettings settings;
-  Tensor<int32_t> replay;  // (T,K), null unless settings.replays
-  // Of the program that ran last. Gates and choices are intact after forward_backward: router backward reads them, and
-  // nothing is laid over them afterwards.
+  const Rung<Device>* rung;  // null: production
+  Tensor<int32_t> replay;    // (T,K), null unless settings.replays
+  // Of the program that ran last. Production's gates and choices are intact after forward_backward: router backward reads
+  // them, and nothing is laid over them afterwards.
   Tensor<Real> out, dinput;
-  MoeSaved<Device> saved;
+  Kept<Device> saved;
 
-  LayerProgram(Device& dev, const MoeShape& shape, LayerSettings settings)
-      : dev(dev), shape(shape), x(dev, plan), settings(settings) {
+  LayerProgram(Device& dev, const MoeShape& shape, LayerSettings settings, const Rung<Device>* rung = nullptr)
+      : dev(dev), shape(shape), x(dev, plan), settings(settings), rung(rung) {
     int64_t T = shape.T, C = shape.d, F = shape.n, E = shape.E;
     plan.set_place(0, "moe");
     input = plan.persistent<Real>("x", {T, C}, Category::saved);  // the layer keeps it for backward
@@ -87,8 +105,13 @@ struct LayerProgram {
     saved = {};
     bool keep = id == forward_backward;
     x.begin(id);
-    out = layer.forward(saved, input, residual, keep, Category::workspace, false);
-    if (keep) dinput = layer.backward(saved, input, dout);
+    if (rung) {
+      out = rung->forward(layer, saved, input, residual, keep);
+      if (keep) dinput = rung->backward(layer, saved, input, dout);
+    } else {
+      out = layer.forward(saved, input, residual, keep, Category::workspace, false);
+      if (keep) dinput = layer.backward(saved, input, dout);
+    }
   }
 
   // Everything that lives for a part of a program only, filled with NaN bytes.
@@ -100,15 +123,6 @@ struct LayerProgram {
   // What is kept between forward and backward.
   size_t saved_bytes() const {
     return plan.layer_bytes(0, "moe", Category::saved) + plan.layer_bytes(0, "moe", Category::metadata);
-  }
-  // What that must be without metadata: x; H but under policy `up`; A under `none`; gathered x where it is materialized.
-  size_t expected_bytes() const {
-    const int64_t R = shape.rows(), C = shape.d, F = shape.n;
-    int64_t elements = shape.T * C;
-    if (settings.policy <= Recompute::act) elements += R * 2 * F;
-    if (settings.policy == Recompute::none) elements += R * F;
-    if (settings.dispatch == Dispatch::materialized) elements += R * C;
-    return size_t(elements) * sizeof(Real);
   }
   size_t metadata_bytes() const { return plan.layer_bytes(0, "moe", Category::metadata); }
   // The workspace that the layer's ops share, without the tensors that are handed in.

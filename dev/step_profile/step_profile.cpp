@@ -138,6 +138,7 @@ int run(int argc, char** argv) {
   Lab lab("step_profile",
           parse_options(argc, argv,
                         {{"preset", "gpt124-8x2"}, {"batch-size", "32"}, {"seq-len", "1024"}, {"recompute", "act"}}));
+  if (lab.options.check_only || lab.options.list) return lab.exit_code();  // it measures: test_gpt_moe checks
   const std::string& name = lab.options.own.at("preset");
   ModelConfig config = preset(name);
   RunOptions run;

@@ -1,0 +1,350 @@
+#include "dev/bench_cpu.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "llmc/error.h"
+#include "llmc/random.h"
+
+namespace bench_cpu {
+namespace {
+
+constexpr const char* default_out = "dev/results/cpu.jsonl";
+constexpr double error_limit = 1e-5;  // |got - expected| / |expected|, Euclidean norms over a tensor of floats
+constexpr double worst_limit = 1e-3;  // the largest |got - expected| / (|expected| + rms) of an element
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+double time_of(const std::function<void()>& body) {
+  double start = seconds();
+  body();
+  return seconds() - start;
+}
+
+std::string utc(const char* format) {
+  char text[32];
+  std::time_t now = std::time(nullptr);
+  std::strftime(text, sizeof text, format, std::gmtime(&now));
+  return text;
+}
+
+std::string processor() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string all;
+  for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
+  return all;
+}
+
+void poison(const Output& o) {
+  std::visit([](auto v) { std::memset(v.data(), 0xFF, v.size_bytes()); }, o.values);  // NaN, or -1
+}
+
+// What is wrong with an output; empty: nothing.
+std::string complaint(const Output& o, const std::vector<double>& expected) {
+  char text[128] = "";
+  if (const auto* integers = std::get_if<std::span<int32_t>>(&o.values)) {
+    auto [got, wanted] = std::mismatch(integers->begin(), integers->end(), expected.begin());
+    if (got != integers->end())
+      std::snprintf(text, sizeof text, "element %ld is %d, not %.0f", long(got - integers->begin()), *got, *wanted);
+    return text;
+  }
+  std::span<float> got = std::get<std::span<float>>(o.values);
+  double difference = 0, norm = 0, worst = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    difference += std::pow(got[i] - expected[i], 2);
+    norm += std::pow(expected[i], 2);
+  }
+  double rms = std::sqrt(norm / double(got.size()));
+  for (size_t i = 0; i < got.size(); ++i)
+    worst = std::max(worst, std::abs(got[i] - expected[i]) / (std::abs(expected[i]) + rms));
+  double error = std::sqrt(difference / norm);
+  if (!(error <= error_limit) || !(worst <= worst_limit))  // or NaN
+    std::snprintf(text, sizeof text, "error %.1e (limit %.0e), of the worst element %.1e (limit %.0e)", error,
+                  error_limit, worst, worst_limit);
+  return text;
+}
+
+// Vector multiply-adds in as many independent chains as hide their latency: two a clock with a latency of 4 or 5 are 8
+// to 10 in flight. Returns a value that needs them all.
+constexpr int chains = 12;
+float multiply_adds(int64_t steps) {
+  Lanes sum[chains], a = Lanes{} + 0.5f, b = Lanes{} + 1.0f;
+  for (int c = 0; c < chains; ++c) sum[c] = Lanes{} + float(c);  // equal chains would be computed once
+  for (int64_t i = 0; i < steps; ++i)
+    for (Lanes& s : sum) s = s * a + b;
+  float total = 0;
+  for (Lanes& s : sum) total += s[0];
+  return total;
+}
+
+}  // namespace
+
+// ---- the machine ----
+
+double Machine::clock() {
+  if (clock_ > 0) return clock_;
+  constexpr int64_t steps = 2'000'000;
+  for (int run = 0; run < 10; ++run) {
+    double t = time_of([] {
+      uint64_t x = 0, y = 3;
+      asm volatile("" : "+r"(y));  // a register: processors add constants while they rename registers, several a clock
+      for (int64_t i = 0; i < steps; i += 8)
+        for (int j = 0; j < 8; ++j) {
+          x += y;
+          asm volatile("" : "+r"(x));  // the next addition needs this one's result
+        }
+    });
+    clock_ = std::max(clock_, double(steps) / t);
+  }
+  return clock_;
+}
+
+double Machine::fma_rate(int threads) {
+  fma_rate_.resize(std::max<size_t>(fma_rate_.size(), size_t(threads) + 1));
+  if (double known = fma_rate_[threads]; known > 0) return known;
+  constexpr int64_t steps = 400'000;
+  double sum = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
+  {
+    double best = 0;
+    float total = 0;
+    for (int run = 0; run < 10; ++run) {
+      double t = time_of([&] { total += multiply_adds(steps); });
+      best = std::max(best, 2.0 * chains * lanes * double(steps) / t);
+    }
+    sum += best;
+    asm volatile("" : : "m"(total));  // needed, as far as the compiler knows
+  }
+  return fma_rate_[threads] = sum;
+}
+
+double Machine::bandwidth(int threads) {
+  bandwidth_.resize(std::max<size_t>(bandwidth_.size(), size_t(threads) + 1));
+  if (double known = bandwidth_[threads]; known > 0) return known;
+  Array<char> from(size_t(64) << 20, 1), to(from.size());
+  for (int run = 0; run < 6; ++run) {
+    double t = time_of([&] {
+#pragma omp parallel num_threads(threads)
+      {
+        size_t share = from.size() / size_t(threads), begin = share * size_t(omp_get_thread_num());
+        std::memcpy(to.data() + begin, from.data() + begin, share);
+      }
+    });
+    bandwidth_[threads] = std::max(bandwidth_[threads], 2.0 * double(from.size()) / t);
+  }
+  return bandwidth_[threads];
+}
+
+double Machine::seconds(const Work& work) {
+  int threads = work.threads > 0 ? work.threads : omp_get_max_threads();
+  return std::max({work.flops / fma_rate(threads), work.clocks / (clock() * threads), work.bytes / bandwidth(threads)});
+}
+
+// ---- options ----
+
+Options parse_options(int argc, char** argv, const std::vector<std::string>& variants,
+                      const std::vector<std::string>& shapes) {
+  Options o;
+  const char* from_environment = std::getenv("RUN_ID");
+  o.run_id = from_environment && *from_environment ? from_environment : utc("%Y%m%dT%H%M%SZ");
+  auto has = [](const std::vector<std::string>& names, const std::string& name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
+  for (int i = 1; i < argc; ++i) {
+    std::string word = argv[i];
+    auto value = [&] {
+      if (i + 1 == argc) fail(word, " needs a value");
+      return std::string(argv[++i]);
+    };
+    if (word == "--help" || word == "-h") {
+      std::printf(
+          "usage: [variant] [shape] [--quick] [--check-only] [--json] [--out FILE] [--run-id ID] [--threads N]\n");
+      if (!variants.empty()) std::printf("variants: %s\n", joined(variants).c_str());
+      std::printf("shapes: %s\n", joined(shapes).c_str());
+      std::exit(0);
+    } else if (word == "--quick") {
+      o.quick = true;
+    } else if (word == "--check-only") {
+      o.check_only = true;
+    } else if (word == "--json") {
+      o.json = true;
+    } else if (word == "--out") {
+      o.out = value();
+    } else if (word == "--run-id") {
+      o.run_id = value();
+    } else if (word == "--threads") {
+      std::string text = value();
+      char* end = nullptr;
+      long threads = std::strtol(text.c_str(), &end, 10);
+      if (text.empty() || *end || threads < 1 || threads > 4096)
+        fail("--threads must be a whole number from 1 to 4096, not '", text, "'");
+      omp_set_num_threads(int(threads));
+    } else if (word.starts_with("-")) {
+      fail("no option is called '", word, "' (see --help)");
+    } else if (o.variant.empty() && has(variants, word)) {
+      o.variant = word;
+    } else if (o.shape.empty() && has(shapes, word)) {
+      o.shape = word;
+    } else if (has(variants, word) || has(shapes, word)) {
+      fail("'", word, "': at most one variant and one shape can be named");
+    } else {
+      fail("'", word, "' is no ", variants.empty() ? "" : "variant (" + joined(variants) + ") and no ", "shape (",
+           joined(shapes), ")");
+    }
+  }
+  bool everything = o.variant.empty() && o.shape.empty() && !o.quick && !o.check_only && !o.json;
+  if (o.out.empty() && everything) o.out = default_out;
+  if (!o.out.empty() && !o.check_only && !std::ofstream(o.out, std::ios::app)) fail(o.out, ": cannot be written");
+  return o;
+}
+
+// ---- the laboratory ----
+
+Array<float> normal_values(int64_t n, uint64_t stream, double scale) {
+  Array<float> v(n);
+#pragma omp parallel for
+  for (int64_t i = 0; i < n; ++i) v[i] = float(scale * random_normal(1, stream, uint64_t(i)));
+  return v;
+}
+
+Timing percentiles(std::vector<double> samples) {
+  std::sort(samples.begin(), samples.end());
+  auto at = [&](double share) { return samples[size_t(std::lround(share * double(samples.size() - 1)))]; };
+  return {at(0.5), at(0.1), at(0.9)};
+}
+
+Lab::Lab(std::string bench, Options o) : options(std::move(o)), bench_(std::move(bench)) {
+  if (options.json || options.check_only) return;
+  int threads = omp_get_max_threads();
+  std::printf(
+      "%s: %d threads of %s, %.2f GHz; multiply-adds of %ld floats: %.0f GFLOP/s on one thread, %.0f on all; "
+      "copy %.0f and %.0f GB/s\n",
+      bench_.c_str(), threads, processor().c_str(), machine.clock() * 1e-9, long(lanes), machine.fma_rate(1) * 1e-9,
+      machine.fma_rate(threads) * 1e-9, machine.bandwidth(1) * 1e-9, machine.bandwidth(threads) * 1e-9);
+}
+
+std::vector<std::vector<double>> Lab::time_in_turns(const std::vector<std::function<void()>>& bodies) const {
+  const double sample = 200e-6;  // seconds at least, so that the clock's own time does not count
+  const double share = options.quick ? 0.03 : 0.4;
+  const size_t least = options.quick ? 3 : 7;
+  std::vector<int> calls;
+  for (const auto& body : bodies) {
+    body();
+    calls.push_back(int(std::clamp(std::ceil(sample / time_of(body)), 1.0, 1e4)));
+  }
+  std::vector<std::vector<double>> times(bodies.size());
+  double start = seconds();
+  while (times[0].size() < least || seconds() - start < share * double(bodies.size()))
+    for (size_t i = 0; i < bodies.size(); ++i)
+      times[i].push_back(time_of([&] {
+                           for (int call = 0; call < calls[i]; ++call) bodies[i]();
+                         }) /
+                         calls[i]);
+  return times;
+}
+
+bool Lab::wants(const Variant& v) {
+  if (!options.variant.empty()) return options.variant == v.name;
+  // A rung so slow that its runs would take up all the time runs if it is asked for by name.
+  return options.check_only || v.impl == "ours" || machine.seconds(v.work) < (options.quick ? 0.03 : 1.0);
+}
+
+std::vector<std::string> Lab::check(const Case& c) {
+  std::vector<std::string> wrong;
+  const Values expected = c.reference();
+  for (const Variant& v : c.variants) {
+    if (!wants(v)) continue;
+    for (const Output& o : c.outputs) poison(o);
+    v.run();
+    for (size_t i = 0; i < c.outputs.size(); ++i)
+      if (std::string what = complaint(c.outputs[i], expected[i]); !what.empty()) {
+        fail_with(bench_ + " " + c.shape + " " + v.name + ", " + c.outputs[i].name + ": " + what);
+        wrong.push_back(v.name);
+      }
+  }
+  if (options.check_only && wrong.empty() && !options.json)
+    std::printf("%s %s: right\n", bench_.c_str(), c.shape.c_str());
+  return wrong;
+}
+
+void Lab::check_and_measure(Case c) {
+  const std::vector<std::string> wrong = check(c);
+  std::erase_if(c.variants, [&](const Variant& v) { return !wants(v); });
+  std::vector<std::function<void()>> bodies;
+  for (const Variant& v : c.variants) bodies.push_back(v.run);
+  const std::vector<std::vector<double>> times = time_in_turns(bodies);
+  const bool has_flops = c.flops > 0, has_production = !c.variants.empty() && c.variants[0].impl == "ours";
+
+  if (!options.json) {
+    std::printf("%s %s\n", bench_.c_str(), c.shape.c_str());
+    std::printf("  %-18s %8s %10s %10s %10s %9s %13s %11s %13s\n", "variant", "threads", "ms", "p10", "p90",
+                has_flops ? "GFLOP/s" : "GB/s", "predicted ms", "of it", "x production");
+  }
+  for (size_t i = 0; i < c.variants.size(); ++i) {
+    const Variant& v = c.variants[i];
+    const Timing t = percentiles(times[i]);
+    const double rate = (has_flops ? c.flops : c.bytes) / t.median * 1e-9, predicted = machine.seconds(v.work);
+    const double ratio = has_production ? percentiles(times[0]).median / t.median : 0;
+    const int threads = v.work.threads > 0 ? v.work.threads : omp_get_max_threads();
+    const bool good = std::find(wrong.begin(), wrong.end(), v.name) == wrong.end();
+    if (!options.json) {
+      std::printf("  %-18s %8d %10.4f %10.4f %10.4f %9.1f %13.4f %10.0f%%", v.name.c_str(), threads, t.median * 1e3,
+                  t.p10 * 1e3, t.p90 * 1e3, rate, predicted * 1e3, 100 * predicted / t.median);
+      if (has_production) std::printf(" %13.2f", ratio);
+      std::printf("%s\n", good ? "" : " FAIL");
+    }
+    if (!good) continue;
+    nlohmann::ordered_json row{{"bench", bench_},
+                               {"shape", c.shape},
+                               {"impl", v.impl},
+                               {"variant", v.name},
+                               {"ms", t.median * 1e3},
+                               {"p10_ms", t.p10 * 1e3},
+                               {"p90_ms", t.p90 * 1e3},
+                               {has_flops ? "gflops" : "gbps", rate},
+                               {"predicted_ms", predicted * 1e3}};
+    if (has_production) row["ratio_to_production"] = ratio;
+    write(std::move(row), threads);
+  }
+  std::fflush(stdout);
+}
+
+void Lab::fail_with(const std::string& line) {
+  std::fprintf(stderr, "FAIL %s\n", line.c_str());
+  failed_ = true;
+}
+
+void Lab::write(nlohmann::ordered_json row, int threads) {
+  row["gpu"] = "cpu", row["threads"] = threads, row["cpu"] = processor();
+  row["date"] = utc("%F"), row["run_id"] = options.run_id;
+  if (options.json) std::printf("%s\n", row.dump().c_str());
+  if (options.out.empty()) return;
+  std::ofstream file(options.out, std::ios::app);
+  if (!(file << row.dump() << std::endl)) fail(options.out, ": cannot be written");
+}
+
+int guarded(const char* program, const std::function<int()>& body) {
+  try {
+    return body();
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s: %s\n", program, e.what());
+    return 1;
+  }
+}
+
+}  // namespace bench_cpu

@@ -1,0 +1,167 @@
+// The frame of the ladders that need no GPU (dev/*_cpu): what bench.h is to the others, for the host's own processors.
+//
+// A ladder describes a Case for each of its shapes: what comes out, the variants that compute it (0 is production,
+// called through its header), and how Cpu<double> computes the same. The frame checks every variant against that, at a
+// reduced size and at the full one, times them in turns, and prints for each the time that was predicted beside the
+// time that it took. A variant that fails the check prints FAIL, leaves no row, and makes the program exit with 1.
+//
+//   dev/NAME/NAME [variant] [shape] [--quick] [--check-only] [--json] [--out FILE] [--run-id ID] [--threads N]
+//
+// A run of everything appends its rows to dev/results/cpu.jsonl; any other run writes only where --out says.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <new>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace bench_cpu {
+
+// ---- vectors and memory ----
+
+// A register full of floats, which may begin at any float in memory.
+#if defined(__AVX512F__)
+inline constexpr int64_t lanes = 16;
+#elif defined(__AVX__)
+inline constexpr int64_t lanes = 8;
+#else
+inline constexpr int64_t lanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// Memory as devices allocate it: vectors of 64 bytes that begin at multiples of 64 lie in one cache line each, not in
+// two.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t boundary{256};
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), boundary)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, boundary); }
+  bool operator==(const Aligned&) const = default;
+};
+template <class T>
+using Array = std::vector<T, Aligned<T>>;
+
+// ---- predictions ----
+
+// What a variant does. Its time is predicted as the largest of: operations (a multiply-add is two) over the measured
+// FMA peak of its threads; clocks that its slowest chain or its busiest port takes, summed over threads, over the
+// measured clock; bytes over the measured bandwidth of a copy.
+struct Work {
+  double flops = 0, bytes = 0, clocks = 0;
+  int threads = 0;  // 0: all
+};
+
+// The host's rates, each measured when it is first asked for.
+class Machine {
+ public:
+  double clock();                 // hertz, from a chain of additions that take a clock each
+  double fma_rate(int threads);   // operations a second of all these threads together
+  double bandwidth(int threads);  // bytes a second of a copy between arrays of 64 MiB, read and written
+  double seconds(const Work& work);
+
+ private:
+  double clock_ = 0;
+  std::vector<double> fma_rate_, bandwidth_;  // by number of threads; 0: not measured yet
+};
+
+// ---- a case ----
+
+struct Output {
+  std::string name;
+  std::variant<std::span<float>, std::span<int32_t>> values;  // integers are right or wrong
+};
+
+struct Variant {
+  std::string name, impl;     // impl: "ours" for variant 0, "ours-..." or a library's name for the others
+  std::function<void()> run;  // owns, through what it captures, the memory that it works on
+  Work work;
+};
+
+using Values = std::vector<std::vector<double>>;  // one entry an output
+
+struct Case {
+  std::string shape;
+  std::vector<Output> outputs;
+  std::vector<Variant> variants;
+  double flops = 0, bytes = 0;        // what has to be done: the rate that is printed
+  std::function<Values()> reference;  // by Cpu<double>
+};
+
+// ---- options ----
+
+struct Options {
+  std::string variant, shape;  // the only one to run; empty: all
+  bool quick = false;          // few timed runs
+  bool check_only = false;     // at the reduced size alone
+  bool json = false;           // rows on stdout, and nothing else
+  std::string out;             // rows are appended to it; empty: not written
+  std::string run_id;          // default: $RUN_ID, else the time
+};
+// --help prints and exits. Throws naming the option, the variant or the shape that is not known.
+Options parse_options(int argc, char** argv, const std::vector<std::string>& variants,
+                      const std::vector<std::string>& shapes);
+
+// ---- the laboratory ----
+
+Array<float> normal_values(int64_t n, uint64_t stream, double scale = 1);
+
+struct Timing {
+  double median, p10, p90;
+};
+Timing percentiles(std::vector<double> samples);
+
+class Lab {
+ public:
+  Lab(std::string bench, Options options);
+
+  const Options options;
+  Machine machine;
+
+  bool wants_shape(const std::string& shape) const { return options.shape.empty() || options.shape == shape; }
+  // Seconds of a call of each: one sample a round, in which all have their turn.
+  std::vector<std::vector<double>> time_in_turns(const std::vector<std::function<void()>>& bodies) const;
+  // Checks the variants asked for; the names of those that are wrong.
+  std::vector<std::string> check(const Case& c);
+  void check_and_measure(Case c);
+  void fail_with(const std::string& line);
+  // Appends the row with gpu ("cpu"), threads, cpu, date and run_id, and prints it with --json.
+  void write(nlohmann::ordered_json row, int threads);
+  int exit_code() const { return failed_ ? 1 : 0; }
+
+ private:
+  bool wants(const Variant& v);
+
+  std::string bench_;
+  bool failed_ = false;
+};
+
+// Runs body and turns an Error into one line on stderr and status 1.
+int guarded(const char* program, const std::function<int()>& body);
+
+// The main() of a ladder. A Shape has a member `name`; reduced gives one of the same name that even a build with
+// sanitizers computes in no time, with odd sizes.
+template <class Shape>
+int run_ladder(int argc, char** argv, const char* name, const std::vector<Shape>& shapes, Case (*make)(const Shape&),
+               Shape (*reduced)(Shape)) {
+  return guarded(name, [&] {
+    std::vector<std::string> variants, shape_names;
+    for (const Variant& v : make(reduced(shapes[0])).variants) variants.push_back(v.name);
+    for (const Shape& shape : shapes) shape_names.push_back(shape.name);
+    Lab lab(name, parse_options(argc, argv, variants, shape_names));
+    for (const Shape& shape : shapes) {
+      if (!lab.wants_shape(shape.name)) continue;
+      lab.check(make(reduced(shape)));
+      if (!lab.options.check_only) lab.check_and_measure(make(shape));
+    }
+    return lab.exit_code();
+  });
+}
+
+}  // namespace bench_cpu
