@@ -11,10 +11,12 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <new>
 #include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -50,25 +52,28 @@ using Array = std::vector<T, Aligned<T>>;
 
 // ---- predictions ----
 
-// What a variant does. Its time is predicted as the largest of: operations (a multiply-add is two) over the measured
-// FMA peak of its threads; clocks that its slowest chain or its busiest port takes, summed over threads, over the
-// measured clock; bytes over the measured bandwidth of a copy.
+// What a variant does. Its time is predicted as the largest of four: operations (a multiply-add is two) over the
+// measured FMA peak of its threads; clocks that its busiest port takes, summed over threads, over the measured clock;
+// additions of floats each of which needs the result of the one before, at their measured latency; and bytes over the
+// measured bandwidth of a copy.
 struct Work {
-  double flops = 0, bytes = 0, clocks = 0;
+  double flops = 0, bytes = 0, clocks = 0, chained = 0;
   int threads = 0;  // 0: all
 };
 
 // The host's rates, each measured when it is first asked for.
 class Machine {
  public:
-  double clock();                 // hertz, from a chain of additions that take a clock each
-  double fma_rate(int threads);   // operations a second of all these threads together
-  double bandwidth(int threads);  // bytes a second of a copy between arrays of 64 MiB, read and written
+  double clock();                               // hertz, from a chain of additions that take a clock each
+  double addition();                            // seconds that an addition of floats takes in a chain
+  double fma_rate(int threads);                 // operations a second of all these threads together
+  double bandwidth(int threads, double bytes);  // bytes a second of a copy, read and written, that moves as many
   double seconds(const Work& work);
 
  private:
-  double clock_ = 0;
-  std::vector<double> fma_rate_, bandwidth_;  // by number of threads; 0: not measured yet
+  double clock_ = 0, addition_ = 0;
+  std::map<int, double> fma_rate_;
+  std::map<std::pair<int, bool>, double> bandwidth_;  // by number of threads, and whether caches hold the arrays
 };
 
 // ---- a case ----

@@ -44,7 +44,7 @@ struct BackwardShape {
   static constexpr int at_ds = at_do + stages * q_bytes, at_dq = at_ds + 2 * ds_bytes;
   static constexpr int at_lse = at_dq + panels * dq_bytes, at_d = at_lse + stages * row_bytes;
   static constexpr int at_barriers = at_d + stages * row_bytes;
-  static constexpr int barriers = 1 + 2 * stages + 2 * panels;
+  static constexpr int barriers = 1 + 3 * stages + 2 * panels;
   static constexpr int shared = at_barriers + barriers * 8 + 8;
   static_assert(shared <= shared_bytes);
 };
@@ -89,17 +89,19 @@ struct Backward {
   static constexpr int stages = Shape::stages;
   using At = Fill<stages>;
   const BackwardArguments& args;
-  uint32_t memory, kv_full, full, empty, dq_full, dq_empty;
+  uint32_t memory, kv_full, full, empty, rows_empty, dq_full, dq_empty;
   int block, b, kv, group, first_tile, tiles;
 
   __device__ __forceinline__ Backward(const BackwardArguments& a, unsigned char* shared)
       : args(a), memory(shared_address(shared)) {
     kv_full = memory + Shape::at_barriers, full = kv_full + 8, empty = full + stages * 8;
-    dq_full = empty + stages * 8, dq_empty = dq_full + panels * 8;
+    rows_empty = empty + stages * 8;
+    dq_full = rows_empty + stages * 8, dq_empty = dq_full + panels * 8;
     volatile int* drawn = reinterpret_cast<volatile int*>(shared + Shape::at_barriers + Shape::barriers * 8);
     if (threadIdx.x == 0) {
       init_barrier(kv_full, 1);
-      for (int s = 0; s < stages; ++s) init_barrier(full + s * 8, 1), init_barrier(empty + s * 8, 8);
+      for (int s = 0; s < stages; ++s)
+        init_barrier(full + s * 8, 1), init_barrier(empty + s * 8, 8), init_barrier(rows_empty + s * 8, 2 * warpgroup);
       for (int p = 0; p < panels; ++p) init_barrier(dq_full + p * 8, warpgroup), init_barrier(dq_empty + p * 8, 1);
       fence_barriers();
       *drawn = atomicAdd(a.scratch.ticket, 1);
@@ -136,6 +138,7 @@ struct Backward {
       const At at{n};
       const uint32_t arrived = full + at.stage() * 8, q = memory + Shape::at_q + at.stage() * Shape::q_bytes;
       wait(empty + at.stage() * 8, at.parity() ^ 1);
+      wait(rows_empty + at.stage() * 8, at.parity() ^ 1);
       arrive_expecting(arrived, 2 * Shape::q_bytes + 2 * Shape::row_bytes);
 #pragma unroll
       for (int p = 0; p < panels; ++p) {
@@ -283,6 +286,7 @@ struct Backward {
 #pragma unroll
         for (int e = 0; e < 4; ++e) dp[i][e] = s[i][e] * (dp[i][e] - (e % 2 ? d.y : d.x)) * args.scale;
       }
+      arrive(rows_empty + at.stage() * 8);  // lse and D are read; by each thread for itself
 #pragma unroll
       for (int i = 0; i < queries / 16; ++i) attention_tile::as_operand(ds16[i], dp[2 * i], dp[2 * i + 1]);
       // dS^T: a panel of this consumer's 64 keys down and 64 queries across. Who reads this stage last waited for its

@@ -214,9 +214,8 @@ struct Forward {
     uint32_t q_parity = 0;
     for (;; q_parity ^= 1) {
       wait(q_full, q_parity);
-      const int number = *job_slot;
+      const int number = __shfl_sync(~0u, lane == 0 ? *job_slot : 0, 0);  // read by the thread that will release it
       if (number < 0) break;
-      __syncwarp();
       if (lane == 0) job_slot[threadIdx.x / 32] = number;  // for later: registers are short (warps of consumers: 4-15)
       int own, passes, past;  // tiles that these queries see, and pass; first score's key less query, at the diagonal
       {

@@ -1,4 +1,4 @@
-// The router on the GPU. In bf16 each pass is one kernel wherever the shape allows (router_fused.cuh). Elsewhere logits
+// The router on the GPU. In bf16 a pass is one kernel where that is faster (router_fused.cuh). Elsewhere logits
 // come from one dense product, and everything after it is a kernel in which a group of lanes holds all E scores of a
 // token in registers (router_token.cuh).
 //
@@ -158,17 +158,19 @@ struct Scratch {
   }
 };
 
-// Whether a pass is one kernel (router_fused.cuh); p: the matrices that it reads and writes in rows of C.
+// Whether a pass is one kernel (router_fused.cuh); p: the matrices that it reads and writes in rows of C. With more experts
+// than these the library's product wins: forward the choice is work that nothing overlaps once all blocks are at it.
+constexpr int64_t most_forward = 32, most_backward = 128;
 template <class Real, class... Pointers>
-bool is_fused(const GpuBase& dev, const RouterShape& s, Pointers... p) {
-  return std::is_same_v<Real, bf16> && !dev.portable && !dev.plain_matmul && s.E <= 128 && packable<Real>(s.C, p...) &&
-         dev.shared_bytes_per_block >= size_t(router_fused::Layout<32, 4>::bytes);
+bool is_fused(const GpuBase& dev, const RouterShape& s, int64_t most_experts, Pointers... p) {
+  return std::is_same_v<Real, bf16> && !dev.portable && !dev.plain_matmul && s.E <= most_experts &&
+         packable<Real>(s.C, p...) && dev.shared_bytes_per_block >= size_t(router_fused::Layout<32, 4>::bytes);
 }
 // Calls f<Layout>(grid) for a fused kernel.
-template <class F>
+template <int64_t most_experts, class F>
 void with_layout(const RouterShape& shape, F f) {
   with_expert_shape(shape, [&]<int LANES, int V>() {
-    if constexpr (LANES * V <= 128) {
+    if constexpr (LANES * V <= most_experts) {
       using L = router_fused::Layout<LANES, V>;
       f.template operator()<L>(statistics_grid(shape, L::tokens));
     }
@@ -196,9 +198,9 @@ void router_forward(Device& dev, typename Device::Acc* gates, int32_t* top_k_ind
             dev.status,
             dev.layer};
   dim3 grid;
-  if (is_fused<Real>(dev, s, x, wg)) {
+  if (is_fused<Real>(dev, s, most_forward, x, wg)) {
     if constexpr (std::is_same_v<Real, bf16>)
-      with_layout(s, [&]<class L>(dim3 blocks) {
+      with_layout<most_forward>(s, [&]<class L>(dim3 blocks) {
         grid = blocks;
         launch(dev, router_fused::forward<L>, grid, L::threads, L::bytes, f, x, wg);
       });
@@ -234,7 +236,7 @@ void router_backward(Device& dev, typename Device::Real* dx, Grad<Device> dwg, v
   bf16* parts = split ? reinterpret_cast<bf16*>(memory + at.parts) : nullptr;
   const int width = int(at.width);
   const Backward b{dgates, gates, top_k_index, lse, group_count, params, s};
-  const bool fused = is_fused<Real>(dev, s, x, wg, dx);
+  const bool fused = is_fused<Real>(dev, s, most_backward, x, wg, dx);
   if (!fused) {
     dense_product(dev, view(logits, s.E), product, view(x, s.C), false, view(wg, s.C), true, s.N, s.E, s.C, false);
     with_expert_shape(s, [&]<int LANES, int V>() {
@@ -244,7 +246,7 @@ void router_backward(Device& dev, typename Device::Real* dx, Grad<Device> dwg, v
   }
   if constexpr (split) {
     if (fused) {
-      with_layout(s, [&]<class L>(dim3 grid) {
+      with_layout<most_backward>(s, [&]<class L>(dim3 grid) {
         launch(dev, router_fused::backward<L>, grid, L::threads, L::bytes, dx, parts, width, b, x, wg);
       });
     } else {

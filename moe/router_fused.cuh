@@ -1,5 +1,6 @@
-// The router in one kernel a pass, for bf16, up to 128 experts, and rows of whole 16-byte chunks. A block owns 64
-// tokens, or 128 where there are many experts (Wg comes from the L2 cache once a block, and would be more than x).
+// The router in one kernel a pass, for bf16, few experts (router.cu: most_forward, most_backward), and rows of whole
+// 16-byte chunks. A block owns 64 tokens: small enough that several blocks share a multiprocessor, one loading while
+// another chooses.
 //
 //   1. logits = x Wg^T by mma.sync: 64 columns of the tokens' rows and of Wg at a time through a ring in shared memory,
 //      so that x is read once and enough of it is always under way to keep DRAM busy. Forward, the logits are laid into
@@ -23,11 +24,11 @@ template <int LANES_, int V_>
 struct Layout {
   static constexpr int LANES = LANES_, V = V_;
   static constexpr int E = LANES * V < 16 ? 16 : LANES * V;  // padded
-  static constexpr int tokens = E >= 64 ? 128 : 64, warps = tokens / 16, threads = warps * 32;
+  static constexpr int tokens = 64, warps = tokens / 16, threads = warps * 32;
   // The ring of phase 1: a stage is a tile of x, then one of Wg.
   static constexpr int stages = E >= 64 ? 3 : 4, x_bytes = tokens * 128, weight_bytes = E * 128;
   static constexpr int bytes = stages * (x_bytes + weight_bytes);
-  static constexpr int blocks = E == 16 ? 5 : E == 32 ? 4 : 2;  // on a multiprocessor, at least
+  static constexpr int blocks = E == 16 ? 5 : E <= 64 ? 4 : 3;  // on a multiprocessor, at least
   // Logits (tokens, row), in the ring's memory: 8 floats of padding put the rows that a warp writes into other banks.
   static constexpr int row = E + 8, row_bytes = row * 4, logits_bytes = tokens * row_bytes;
   static_assert(logits_bytes + threads * 8 <= bytes);  // and the statistics of choose_tokens()
@@ -61,11 +62,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const bf16* from, int v
 template <class L>
 __device__ __forceinline__ void compute_logits(unsigned char* memory, const bf16* x, const bf16* wg, int tokens, int E,
                                                int C) {
-  // A warp computes 16 or 32 tokens of all experts or of half of them.
-  constexpr int strips = L::tokens / 64, experts = L::E / (L::warps / 4);
   const uint32_t ring = shared_address(memory);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_token = warp % 4 * strips * 16, first_expert = warp / 4 * experts;
+  const int lane = threadIdx.x % 32, first_token = threadIdx.x / 32 * 16;  // a warp computes 16 tokens of all experts
   const int steps = (C + 63) / 64;
   auto load = [&](int step) {
     const uint32_t stage = ring + step % L::stages * (L::x_bytes + L::weight_bytes);
@@ -77,11 +75,11 @@ __device__ __forceinline__ void compute_logits(unsigned char* memory, const bf16
     if (step < steps) load(step);
     commit_copies();
   }
-  float acc[strips][experts / 8][4] = {};
+  float acc[L::E / 8][4] = {};
   // Where the lane points in a stage: of A down first, of B (rows are experts) across first. An exclusive or with k << 5
   // leads from there to chunks 2k and 2k + 1, because tiles begin at multiples of 128.
-  const int a_row = first_token + lane % 16, b_row = first_expert + lane % 8 + lane / 16 * 8;
-  const uint32_t a_place = tile_offset(a_row, lane / 16), b_place = L::x_bytes + tile_offset(b_row, lane / 8 % 2);
+  const uint32_t a_place = tile_offset(first_token + lane % 16, lane / 16),
+                 b_place = L::x_bytes + tile_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   for (int step = 0; step < steps; ++step) {
     wait_copies<L::stages - 2>();
     __syncthreads();  // this stage is there, and nobody reads the one before it any more
@@ -90,32 +88,26 @@ __device__ __forceinline__ void compute_logits(unsigned char* memory, const bf16
     const uint32_t stage = ring + step % L::stages * (L::x_bytes + L::weight_bytes);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      uint32_t a[strips][4];
+      uint32_t a[4];
+      load_matrices<false>(a, (stage + a_place) ^ (k << 5));
 #pragma unroll
-      for (int i = 0; i < strips; ++i) load_matrices<false>(a[i], ((stage + a_place) ^ (k << 5)) + i * 16 * 128);
-#pragma unroll
-      for (int j = 0; j < experts / 16; ++j) {
+      for (int j = 0; j < L::E / 16; ++j) {
         uint32_t b[4];
         load_matrices<false>(b, ((stage + b_place) ^ (k << 5)) + j * 16 * 128);
-#pragma unroll
-        for (int i = 0; i < strips; ++i) {
-          multiply_add(acc[i][2 * j], a[i], b[0], b[1]);
-          multiply_add(acc[i][2 * j + 1], a[i], b[2], b[3]);
-        }
+        multiply_add(acc[2 * j], a, b[0], b[1]);
+        multiply_add(acc[2 * j + 1], a, b[2], b[3]);
       }
     }
   }
   __syncthreads();  // the ring becomes the logits
   float* logits = reinterpret_cast<float*>(memory);
 #pragma unroll
-  for (int i = 0; i < strips; ++i)
+  for (int j = 0; j < L::E / 8; ++j)
 #pragma unroll
-    for (int j = 0; j < experts / 8; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_token + i * 16 + half * 8 + lane / 4, column = first_expert + j * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(logits + row * L::row + column) = {acc[i][j][2 * half], acc[i][j][2 * half + 1]};
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_token + half * 8 + lane / 4, column = j * 8 + lane % 4 * 2;
+      *reinterpret_cast<float2*>(logits + row * L::row + column) = {acc[j][2 * half], acc[j][2 * half + 1]};
+    }
   __syncthreads();
 }
 

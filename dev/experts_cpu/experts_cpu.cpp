@@ -98,7 +98,7 @@ int run(int argc, char** argv) {
   for (int64_t rows : all_rows) names.push_back(name_of(rows));
   Lab lab("experts_cpu", parse_options(argc, argv, {}, names));
   const int threads = omp_get_max_threads();
-  if (!lab.options.json) {
+  if (!lab.options.json && !lab.options.check_only) {
     std::printf("%d threads, C %ld, F %ld, E %ld, top_k %ld, float\n", threads, long(C), long(F), long(E), long(K));
     std::printf("  rows an expert   expert op us  GFLOP/s   library us  GFLOP/s   op / library   error\n");
   }

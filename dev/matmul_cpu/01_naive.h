@@ -1,8 +1,9 @@
 // Rung 1: the formula. An element is the sum of K products, added one after the other.
 //
-// Predicted: M N K multiply-adds of 4 clocks each, on one thread. A processor starts two of them a clock, and of 4, 8
-// or 16 floats each, but here every one needs the sum that the one before it makes, and the language forbids to add in
-// another order. Memory is idle: 8 bytes in 4 clocks, in order, from a cache.
+// Predicted: M N K additions, each of which needs the sum that the one before it makes: 2 to 4 clocks each, by the
+// processor, and the language forbids to add in another order. (The compiler multiplies in vectors and then adds one by
+// one.) The processor could start two multiply-adds a clock, of 4, 8 or 16 floats each. Memory is idle: 8 bytes in 4
+// clocks, in order, from a cache.
 #pragma once
 #include <cstdint>
 

@@ -10,7 +10,7 @@
 #include "dev/rope_qknorm/01_two_passes.cuh"
 #include "dev/rope_qknorm/02_table.cuh"
 #include "dev/rope_qknorm/03_fused.cuh"
-#include "dev/rope_qknorm/04_heads_of_a_token.cuh"
+#include "dev/rope_qknorm/04_group_a_head.cuh"
 
 namespace {
 using namespace bench;
@@ -25,8 +25,8 @@ const std::vector<Shape> shapes = {{"gpt124", 32768, 1024, {12, 12, 64}, false},
                                    {"gpt124-large", 131072, 1024, {12, 12, 64}, false},
                                    {"olmoe", 32768, 4096, {16, 16, 128}, true},
                                    {"qwen3", 65536, 4096, {32, 4, 128}, true}};
-// 69 tokens: no whole number of blocks, nor of rounds of rung 04. Three heads of queries and one of keys fewer than
-// there are, so that batches of heads have an end too.
+// 69 tokens: no whole number of blocks, nor of rounds of one. Three heads of queries and one of keys fewer than there
+// are, so that batches of heads have an end too.
 Shape reduced(Shape s) {
   return {s.name, 69, 50, {s.heads.n_head - 3, s.heads.n_kv_head - 1, s.heads.head_dim}, s.norm};
 }
@@ -46,7 +46,7 @@ Case make(Lab& lab, const Shape& s) {
   bf16* qk = lab.memory<bf16>(N * heads.qk_width());
   float *rstd = lab.memory<float>(N * H), *dwq = lab.memory<float>(HD), *dwk = lab.memory<float>(HD);
   char* scratch = lab.memory<char>(int64_t(qknorm_rope_backward_scratch_bytes<Gpu<bf16>>(N, heads)));
-  float* partial = lab.memory<float>(heads_of_a_token::scratch_size(N, heads));
+  float* partial = lab.memory<float>(group_a_head::scratch_size(N, heads));
 
   Case c;
   c.shape = s.name;
@@ -82,11 +82,11 @@ Case make(Lab& lab, const Shape& s) {
        [=, &dev] { fused::forward(dev, qk, rstd, qkv, wq, wk, cosines_sines, positions, N, heads, eps); },
        [=, &dev] { fused::backward(dev, dqkv, dwq, dwk, qkv, rstd, wq, wk, cosines_sines, positions, N, heads); }});
   c.variants.push_back(
-      {"04_heads_of_a_token", "ours-04_heads_of_a_token",
-       [=, &dev] { heads_of_a_token::forward(dev, qk, rstd, qkv, wq, wk, cosines_sines, positions, N, heads, eps); },
+      {"04_group_a_head", "ours-04_group_a_head",
+       [=, &dev] { group_a_head::forward(dev, qk, rstd, qkv, wq, wk, cosines_sines, positions, N, heads, eps); },
        [=, &dev] {
          Grad<Gpu<bf16>> q{dwq, true}, k{dwk, true};
-         heads_of_a_token::backward(dev, dqkv, q, k, partial, qkv, rstd, wq, wk, cosines_sines, positions, N, heads);
+         group_a_head::backward(dev, dqkv, q, k, partial, qkv, rstd, wq, wk, cosines_sines, positions, N, heads);
        }});
   c.variants.push_back(copy_floor(lab, c.forward, c.backward));
   c.reference = [=, &lab] {
