@@ -23,7 +23,6 @@
 #include "llmc/attention_hopper.cuh"
 
 namespace attention_hopper {
-namespace {
 using attention_tile::BackwardScratch;
 using attention_tile::read_turn;
 using attention_tile::row_padding;
@@ -391,8 +390,6 @@ void run_backward(GpuBase& dev, bf16* dqkv, void* scratch, const bf16* dout, con
   launch(dev, round_dq_kernel<HD>, dim3(unsigned(ceil_div(chunks, 256))), 256, 0, dqkv, parts.dq, size,
          int(padded_T / 64));
 }
-}  // namespace
-
 void backward(GpuBase& dev, bf16* dqkv, void* scratch, const bf16* dout, const bf16* o, const float* lse,
               const bf16* qk, const bf16* qkv, int64_t B, int64_t T, HeadShape heads) {
   if (heads.head_dim == 64)

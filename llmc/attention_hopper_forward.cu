@@ -24,7 +24,6 @@
 #include "llmc/attention_hopper.cuh"
 
 namespace attention_hopper {
-namespace {
 using attention_tile::ln_2;
 
 template <int HD_>
@@ -371,8 +370,6 @@ void run_forward(GpuBase& dev, bf16* o, float* lse, void* scratch, const bf16* q
   launch(dev, forward_kernel<Shape>, dim3(unsigned(std::min<int64_t>(jobs, dev.multiprocessors))), Shape::threads,
          Shape::shared, args);
 }
-}  // namespace
-
 bool usable(const GpuBase& dev, HeadShape heads) {
   return !dev.portable && (heads.head_dim == 64 || heads.head_dim == 128) && hopper::usable(dev);
 }
