@@ -1,12 +1,9 @@
 #include "dev/bench.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdio>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "llmc/matmul.h"
@@ -28,13 +25,6 @@ void require_gpu() {
   if (!problem.empty()) fail("needs a GPU: ", problem, " (families whose names end in _cpu need none)");
 }
 
-bool contains(const std::vector<std::string>& names, const std::string& name) {
-  return std::find(names.begin(), names.end(), name) != names.end();
-}
-void add_once(std::vector<std::string>& names, const std::string& name) {
-  if (!contains(names, name)) names.push_back(name);
-}
-
 void run_all(const Variant& v) {
   v.forward();
   if (v.backward) v.backward();
@@ -48,13 +38,6 @@ bool makes(const Variant& v, const Output& o) {
 }  // namespace
 
 // ---- timing ----
-
-Timing percentiles(std::vector<double> ms) {
-  if (ms.empty()) return {};
-  std::sort(ms.begin(), ms.end());
-  auto at = [&](double share) { return ms[size_t(std::lround(share * double(ms.size() - 1)))]; };
-  return {at(0.5), at(0.1), at(0.9)};
-}
 
 // Everything is queued before anything is waited for, so that the host is ahead of the GPU: what lies between two events
 // is the GPU's time. The overwriting of the caches separates the runs.
@@ -125,20 +108,15 @@ std::string short_name(const std::string& gpu_name) {
 }
 
 Lab::Lab(std::string bench, const Options& options)
-    : dev((require_gpu(), false)), options(options), bench_(std::move(bench)) {
-  if (options.json && !options.list) {  // whoever prints, prints to stderr from here on
-    std::fflush(stdout);
-    json_ = fdopen(dup(STDOUT_FILENO), "w");
-    if (!json_ || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) fail("--json: stdout cannot be used");
-  }
-  if (options.records())
-    results_ = options.out.empty() ? (find_results() / (short_name(dev.gpu_name) + ".jsonl")).string() : options.out;
+    : dev((require_gpu(), false)),
+      options(options),
+      bench_(std::move(bench)),
+      results_(options, short_name(dev.gpu_name)) {
   flush_ = dev.allocate(flush_bytes);
 }
 Lab::~Lab() {
   release();
   dev.release(flush_);
-  if (json_) std::fclose(json_);
 }
 void Lab::release() {
   for (void* p : owned_) dev.release(p);
@@ -176,10 +154,7 @@ int Lab::exit_code() {
     fail("no shape is called '", options.shapes[0], "'; there are: ", joined(known_shapes_));
   for (const std::string& asked : options.variants)
     if (!contains(answered_, asked)) fail("no variant is called '", asked, "'; there are: ", joined(known_variants_));
-  std::printf("%s: %d checks, %d failed\n", bench_.c_str(), checks_, failures_);
-  if (results_.empty() && !options.check_only)
-    std::printf("%s: not recorded, since it is not a whole run (--out FILE records it)\n", bench_.c_str());
-  return failures_ > 0 ? 1 : 0;
+  return finish(bench_, checks_, failures_, options);
 }
 
 double Lab::copy_bandwidth() {
@@ -370,10 +345,7 @@ void Lab::write(Record record) {
   record.set("gpu", short_name(dev.gpu_name)).set("date", utc("%F")).set("run_id", options.run_id);
   nlohmann::ordered_json line;
   for (auto& [key, value] : record.fields) std::visit([&, k = key](const auto& v) { line[k] = v; }, value);
-  if (json_) std::fprintf(json_, "%s\n", line.dump().c_str()), std::fflush(json_);
-  if (results_.empty()) return;
-  std::ofstream file(results_, std::ios::app);
-  if (!(file << line.dump() << std::endl)) fail("--out ", results_, ": cannot be written");
+  results_.write(line.dump());
 }
 
 Variant copy_floor(Lab& lab, Work forward, Work backward) {
@@ -385,15 +357,6 @@ Variant copy_floor(Lab& lab, Work forward, Work backward) {
   if (backward.bytes > 0) v.backward = [copy, backward] { copy(backward.bytes); };
   v.is_library = true, v.checked = false;
   return v;
-}
-
-int guarded(const char* program, const std::function<int()>& body) {
-  try {
-    return body();
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "%s: %s\n", program, e.what());
-    return 1;
-  }
 }
 
 }  // namespace bench

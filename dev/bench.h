@@ -115,12 +115,6 @@ class EventLog {
   size_t used_ = 0;
 };
 
-struct Timing {
-  double median = 0, p10 = 0, p90 = 0;  // milliseconds; 0: not measured
-  explicit operator bool() const { return median > 0; }
-};
-Timing percentiles(std::vector<double> ms);
-
 // ---- device code of the frame (bench.cu) ----
 
 double fp32_rate(const GpuBase& dev);  // operations a second of the CUDA cores at the highest clock
@@ -246,15 +240,11 @@ class Lab {
   std::vector<std::string> chosen_;                         // variants of this case that are asked for
   std::vector<std::string> known_shapes_, known_variants_;  // all that came by
   std::vector<std::string> answered_;                       // what was asked for and found
-  std::string results_;                                     // file that rows are appended to; empty: none
-  std::FILE* json_ = nullptr;                               // with --json: what stdout was
+  Results results_;
 };
 
 // The floor of an op that is bound by memory: a copy that moves as many bytes, read and written together.
 Variant copy_floor(Lab& lab, Work forward, Work backward = {});
-
-// Runs body and turns an Error into one line on stderr and status 1.
-int guarded(const char* program, const std::function<int()>& body);
 
 // The main() of a family. make describes a case at a shape (which has a member `name`); reduced gives the shape at which
 // the CPU reference is quick enough, with the same widths wherever these choose the kernel.
@@ -263,18 +253,15 @@ int run_family(int argc, char** argv, const char* name, const std::vector<Shape>
                Case (*make)(Lab&, const Shape&), Shape (*reduced)(Shape)) {
   return guarded(name, [&] {
     Options options = parse_options(argc, argv);
-    std::vector<std::string> names, asked;
+    std::vector<std::string> names;
     for (const Shape& shape : shapes) names.push_back(shape.name);
-    for (const std::string& shape : options.shapes)
-      for (const std::string& match : match_shape(shape, names)) asked.push_back(match);
-    options.shapes = asked;
+    options.shapes = match_shapes(options.shapes, names);
     if (options.list) std::printf("shapes: %s\n", joined(names).c_str());
     Lab lab(name, options);
     if (options.list) {
       std::vector<std::string> variants;
       for (const Shape& shape : shapes) {
-        for (const Variant& v : make(lab, reduced(shape)).variants)
-          if (std::find(variants.begin(), variants.end(), v.name) == variants.end()) variants.push_back(v.name);
+        for (const Variant& v : make(lab, reduced(shape)).variants) add_once(variants, v.name);
         lab.release();
       }
       std::printf("variants: %s\n", joined(variants).c_str());

@@ -6,9 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -18,7 +16,6 @@
 namespace bench_cpu {
 namespace {
 
-constexpr const char* default_out = "dev/results/cpu.jsonl";
 constexpr double error_limit = 1e-5;  // |got - expected| / |expected|, Euclidean norms over a tensor of floats
 constexpr double worst_limit = 1e-3;  // the largest |got - expected| / (|expected| + rms) of an element
 
@@ -30,24 +27,11 @@ double time_of(const std::function<void()>& body) {
   return seconds() - start;
 }
 
-std::string utc(const char* format) {
-  char text[32];
-  std::time_t now = std::time(nullptr);
-  std::strftime(text, sizeof text, format, std::gmtime(&now));
-  return text;
-}
-
 std::string processor() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);)
     if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
   return "unknown";
-}
-
-std::string joined(const std::vector<std::string>& names) {
-  std::string all;
-  for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
-  return all;
 }
 
 void poison(const Output& o) {
@@ -177,60 +161,12 @@ double Machine::seconds(const Work& work) {
 
 // ---- options ----
 
-Options parse_options(int argc, char** argv, const std::vector<std::string>& variants,
-                      const std::vector<std::string>& shapes) {
-  Options o;
-  const char* from_environment = std::getenv("RUN_ID");
-  o.run_id = from_environment && *from_environment ? from_environment : utc("%Y%m%dT%H%M%SZ");
-  auto has = [](const std::vector<std::string>& names, const std::string& name) {
-    return std::find(names.begin(), names.end(), name) != names.end();
-  };
-  for (int i = 1; i < argc; ++i) {
-    std::string word = argv[i];
-    auto value = [&] {
-      if (i + 1 == argc) fail(word, " needs a value");
-      return std::string(argv[++i]);
-    };
-    if (word == "--help" || word == "-h") {
-      std::printf(
-          "usage: [variant] [shape] [--quick] [--check-only] [--json] [--out FILE] [--run-id ID] [--threads N]\n");
-      if (!variants.empty()) std::printf("variants: %s\n", joined(variants).c_str());
-      std::printf("shapes: %s\n", joined(shapes).c_str());
-      std::exit(0);
-    } else if (word == "--quick") {
-      o.quick = true;
-    } else if (word == "--check-only") {
-      o.check_only = true;
-    } else if (word == "--json") {
-      o.json = true;
-    } else if (word == "--out") {
-      o.out = value();
-    } else if (word == "--run-id") {
-      o.run_id = value();
-    } else if (word == "--threads") {
-      std::string text = value();
-      char* end = nullptr;
-      long threads = std::strtol(text.c_str(), &end, 10);
-      if (text.empty() || *end || threads < 1 || threads > 4096)
-        fail("--threads must be a whole number from 1 to 4096, not '", text, "'");
-      omp_set_num_threads(int(threads));
-    } else if (word.starts_with("-")) {
-      fail("no option is called '", word, "' (see --help)");
-    } else if (o.variant.empty() && has(variants, word)) {
-      o.variant = word;
-    } else if (o.shape.empty() && has(shapes, word)) {
-      o.shape = word;
-    } else if (has(variants, word) || has(shapes, word)) {
-      fail("'", word, "': at most one variant and one shape can be named");
-    } else {
-      fail("'", word, "' is no ", variants.empty() ? "" : "variant (" + joined(variants) + ") and no ", "shape (",
-           joined(shapes), ")");
-    }
-  }
-  bool everything = o.variant.empty() && o.shape.empty() && !o.quick && !o.check_only && !o.json;
-  if (o.out.empty() && everything) o.out = default_out;
-  if (!o.out.empty() && !o.check_only && !std::ofstream(o.out, std::ios::app)) fail(o.out, ": cannot be written");
-  return o;
+Options parse_options(int argc, char** argv) {
+  Options options = bench::parse_options(argc, argv, {{"threads", std::to_string(omp_get_max_threads())}});
+  const int64_t threads = options.number("threads");
+  if (threads > 4096) fail("--threads must be at most 4096, not ", threads);
+  omp_set_num_threads(int(threads));
+  return options;
 }
 
 // ---- the laboratory ----
@@ -242,14 +178,9 @@ Array<float> normal_values(int64_t n, uint64_t stream, double scale) {
   return v;
 }
 
-Timing percentiles(std::vector<double> samples) {
-  std::sort(samples.begin(), samples.end());
-  auto at = [&](double share) { return samples[size_t(std::lround(share * double(samples.size() - 1)))]; };
-  return {at(0.5), at(0.1), at(0.9)};
-}
-
-Lab::Lab(std::string bench, Options o) : options(std::move(o)), bench_(std::move(bench)) {
-  if (options.json || options.check_only) return;
+Lab::Lab(std::string bench, const Options& options)
+    : options(options), bench_(std::move(bench)), results_(options, "cpu") {
+  if (options.check_only) return;
   int threads = omp_get_max_threads();
   std::printf("%s: %d threads of %s, %.2f GHz, %.1f ns an addition in a chain\n", bench_.c_str(), threads,
               processor().c_str(), machine.clock() * 1e-9, machine.addition() * 1e9);
@@ -279,10 +210,11 @@ std::vector<std::vector<double>> Lab::time_in_turns(const std::vector<std::funct
 }
 
 bool Lab::wants(const Variant& v) {
-  if (!options.variant.empty()) return options.variant == v.name;
+  if (v.impl == "ours") return true;  // speeds are held against it
+  if (!options.variants.empty()) return bench::contains(options.variants, v.name);
   // A rung so slow that its runs would take up all the time runs if it is asked for by name.
-  const double limit = options.quick && options.shape.empty() ? 0.03 : 1.0;
-  return options.check_only || v.impl == "ours" || machine.seconds(v.work) < limit;
+  const double limit = options.quick && options.shapes.empty() ? 0.03 : 1.0;
+  return options.check_only || machine.seconds(v.work) < limit;
 }
 
 std::vector<std::string> Lab::check(const Case& c) {
@@ -293,42 +225,35 @@ std::vector<std::string> Lab::check(const Case& c) {
     for (const Output& o : c.outputs) poison(o);
     v.run();
     for (size_t i = 0; i < c.outputs.size(); ++i)
-      if (std::string what = complaint(c.outputs[i], expected[i]); !what.empty()) {
-        fail_with(bench_ + " " + c.shape + " " + v.name + ", " + c.outputs[i].name + ": " + what);
+      if (!accept(bench_ + " " + c.shape + " " + v.name + ", " + c.outputs[i].name,
+                  complaint(c.outputs[i], expected[i])))
         wrong.push_back(v.name);
-      }
   }
-  if (options.check_only && wrong.empty() && !options.json)
-    std::printf("%s %s: right\n", bench_.c_str(), c.shape.c_str());
+  if (options.check_only && wrong.empty()) std::printf("%s %s: right\n", bench_.c_str(), c.shape.c_str());
   return wrong;
 }
 
-void Lab::check_and_measure(Case c) {
-  const std::vector<std::string> wrong = check(c);
+void Lab::check_and_measure(Case c, std::vector<std::string> wrong) {
+  for (const std::string& name : check(c)) wrong.push_back(name);
   std::erase_if(c.variants, [&](const Variant& v) { return !wants(v); });
   std::vector<std::function<void()>> bodies;
   for (const Variant& v : c.variants) bodies.push_back(v.run);
   const std::vector<std::vector<double>> times = time_in_turns(bodies);
-  const bool has_flops = c.flops > 0, has_production = !c.variants.empty() && c.variants[0].impl == "ours";
+  const bool has_flops = c.flops > 0;
 
-  if (!options.json) {
-    std::printf("%s %s\n", bench_.c_str(), c.shape.c_str());
-    std::printf("  %-18s %8s %10s %10s %10s %9s %13s %11s %13s\n", "variant", "threads", "ms", "p10", "p90",
-                has_flops ? "GFLOP/s" : "GB/s", "predicted ms", "of it", "x production");
-  }
+  std::printf("%s %s\n", bench_.c_str(), c.shape.c_str());
+  std::printf("  %-18s %8s %10s %10s %10s %9s %13s %11s %13s\n", "variant", "threads", "ms", "p10", "p90",
+              has_flops ? "GFLOP/s" : "GB/s", "predicted ms", "of it", "x production");
   for (size_t i = 0; i < c.variants.size(); ++i) {
     const Variant& v = c.variants[i];
     const Timing t = percentiles(times[i]);
     const double rate = (has_flops ? c.flops : c.bytes) / t.median * 1e-9, predicted = machine.seconds(v.work);
-    const double ratio = has_production ? percentiles(times[0]).median / t.median : 0;
+    const double ratio = percentiles(times[0]).median / t.median;
     const int threads = v.work.threads > 0 ? v.work.threads : omp_get_max_threads();
-    const bool good = std::find(wrong.begin(), wrong.end(), v.name) == wrong.end();
-    if (!options.json) {
-      std::printf("  %-18s %8d %10.4f %10.4f %10.4f %9.1f %13.4f %10.0f%%", v.name.c_str(), threads, t.median * 1e3,
-                  t.p10 * 1e3, t.p90 * 1e3, rate, predicted * 1e3, 100 * predicted / t.median);
-      if (has_production) std::printf(" %13.2f", ratio);
-      std::printf("%s\n", good ? "" : " FAIL");
-    }
+    const bool good = !bench::contains(wrong, v.name);
+    std::printf("  %-18s %8d %10.4f %10.4f %10.4f %9.1f %13.4f %10.0f%% %13.2f%s\n", v.name.c_str(), threads,
+                t.median * 1e3, t.p10 * 1e3, t.p90 * 1e3, rate, predicted * 1e3, 100 * predicted / t.median, ratio,
+                good ? "" : " FAIL");
     if (!good) continue;
     nlohmann::ordered_json row{{"bench", bench_},
                                {"shape", c.shape},
@@ -338,34 +263,25 @@ void Lab::check_and_measure(Case c) {
                                {"p10_ms", t.p10 * 1e3},
                                {"p90_ms", t.p90 * 1e3},
                                {has_flops ? "gflops" : "gbps", rate},
-                               {"predicted_ms", predicted * 1e3}};
-    if (has_production) row["ratio_to_production"] = ratio;
+                               {"predicted_ms", predicted * 1e3},
+                               {"ratio_to_production", ratio}};
     write(std::move(row), threads);
   }
   std::fflush(stdout);
 }
 
-void Lab::fail_with(const std::string& line) {
-  std::fprintf(stderr, "FAIL %s\n", line.c_str());
-  failed_ = true;
+bool Lab::accept(const std::string& what, const std::string& complaint) {
+  ++checks_;
+  if (complaint.empty()) return true;
+  std::printf("FAIL %s: %s\n", what.c_str(), complaint.c_str());
+  ++failures_;
+  return false;
 }
 
 void Lab::write(nlohmann::ordered_json row, int threads) {
   row["gpu"] = "cpu", row["threads"] = threads, row["cpu"] = processor();
-  row["date"] = utc("%F"), row["run_id"] = options.run_id;
-  if (options.json) std::printf("%s\n", row.dump().c_str());
-  if (options.out.empty()) return;
-  std::ofstream file(options.out, std::ios::app);
-  if (!(file << row.dump() << std::endl)) fail(options.out, ": cannot be written");
-}
-
-int guarded(const char* program, const std::function<int()>& body) {
-  try {
-    return body();
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "%s: %s\n", program, e.what());
-    return 1;
-  }
+  row["date"] = bench::utc("%F"), row["run_id"] = options.run_id;
+  results_.write(row.dump());
 }
 
 }  // namespace bench_cpu

@@ -5,9 +5,10 @@
 // reduced size and at the full one, times them in turns, and prints for each the time that was predicted beside the
 // time that it took. A variant that fails the check prints FAIL, leaves no row, and makes the program exit with 1.
 //
-//   dev/NAME/NAME [variant] [shape] [--quick] [--check-only] [--json] [--out FILE] [--run-id ID] [--threads N]
+//   dev/NAME/NAME [variant] [shape] [options]     (bench_options.h, and --threads N)
 //
-// A run of everything appends its rows to dev/results/cpu.jsonl; any other run writes only where --out says.
+// A run of everything appends its rows to dev/results/cpu.jsonl; any other run writes only where --out says. The last
+// line counts: `NAME: N checks, M failed`.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -19,6 +20,8 @@
 #include <utility>
 #include <variant>
 #include <vector>
+
+#include "dev/bench_options.h"
 
 namespace bench_cpu {
 
@@ -101,54 +104,46 @@ struct Case {
 
 // ---- options ----
 
-struct Options {
-  std::string variant, shape;  // the only one to run; empty: all
-  bool quick = false;          // few timed runs
-  bool check_only = false;     // at the reduced size alone
-  bool json = false;           // rows on stdout, and nothing else
-  std::string out;             // rows are appended to it; empty: not written
-  std::string run_id;          // default: $RUN_ID, else the time
-};
-// --help prints and exits. Throws naming the option, the variant or the shape that is not known.
-Options parse_options(int argc, char** argv, const std::vector<std::string>& variants,
-                      const std::vector<std::string>& shapes);
+using bench::guarded, bench::Options, bench::settle_names;
+
+// The command line of all programs, and --threads N, which is set here.
+Options parse_options(int argc, char** argv);
 
 // ---- the laboratory ----
 
 Array<float> normal_values(int64_t n, uint64_t stream, double scale = 1);
 
-struct Timing {
-  double median, p10, p90;
-};
-Timing percentiles(std::vector<double> samples);
+using bench::percentiles, bench::Timing;
 
 class Lab {
  public:
-  Lab(std::string bench, Options options);
+  Lab(std::string bench, const Options& options);  // shapes and variants by their whole names
 
   const Options options;
   Machine machine;
 
-  bool wants_shape(const std::string& shape) const { return options.shape.empty() || options.shape == shape; }
+  bool wants_shape(const std::string& shape) const {
+    return options.shapes.empty() || bench::contains(options.shapes, shape);
+  }
   // Seconds of a call of each: one sample a round, in which all have their turn.
   std::vector<std::vector<double>> time_in_turns(const std::vector<std::function<void()>>& bodies) const;
-  // Checks the variants asked for; the names of those that are wrong.
+  // Checks the variants asked for, and variant 0 always; the names of those that are wrong.
   std::vector<std::string> check(const Case& c);
-  void check_and_measure(Case c);
-  void fail_with(const std::string& line);
-  // Appends the row with gpu ("cpu"), threads, cpu, date and run_id, and prints it with --json.
+  void check_and_measure(Case c, std::vector<std::string> wrong);  // wrong: those that are known to be
+  // Counts a check. Prints FAIL and remembers it unless the complaint is empty; whether it is.
+  bool accept(const std::string& what, const std::string& complaint);
+  // Adds gpu ("cpu"), threads, cpu, date and run_id, and writes the row where results are recorded.
   void write(nlohmann::ordered_json row, int threads);
-  int exit_code() const { return failed_ ? 1 : 0; }
+  // Prints the count of checks. 0 if all passed.
+  int exit_code() const { return bench::finish(bench_, checks_, failures_, options); }
 
  private:
   bool wants(const Variant& v);
 
   std::string bench_;
-  bool failed_ = false;
+  int checks_ = 0, failures_ = 0;
+  bench::Results results_;
 };
-
-// Runs body and turns an Error into one line on stderr and status 1.
-int guarded(const char* program, const std::function<int()>& body);
 
 // The main() of a ladder. A Shape has a member `name`; reduced gives one of the same name that even a build with
 // sanitizers computes in no time, with odd sizes.
@@ -156,14 +151,18 @@ template <class Shape>
 int run_ladder(int argc, char** argv, const char* name, const std::vector<Shape>& shapes, Case (*make)(const Shape&),
                Shape (*reduced)(Shape)) {
   return guarded(name, [&] {
-    std::vector<std::string> variants, shape_names;
-    for (const Variant& v : make(reduced(shapes[0])).variants) variants.push_back(v.name);
-    for (const Shape& shape : shapes) shape_names.push_back(shape.name);
-    Lab lab(name, parse_options(argc, argv, variants, shape_names));
+    Options options = parse_options(argc, argv);
+    std::vector<std::string> variants, names;
+    for (const Shape& shape : shapes) {
+      names.push_back(shape.name);
+      for (const Variant& v : make(reduced(shape)).variants) bench::add_once(variants, v.name);
+    }
+    if (settle_names(options, variants, names)) return 0;
+    Lab lab(name, options);
     for (const Shape& shape : shapes) {
       if (!lab.wants_shape(shape.name)) continue;
-      lab.check(make(reduced(shape)));
-      if (!lab.options.check_only) lab.check_and_measure(make(shape));
+      std::vector<std::string> wrong = lab.check(make(reduced(shape)));
+      if (!lab.options.check_only) lab.check_and_measure(make(shape), std::move(wrong));
     }
     return lab.exit_code();
   });

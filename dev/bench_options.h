@@ -4,23 +4,28 @@
 //
 // A variant is given by its name, by the beginning of its name, or by the number of its rung (3: the one that begins with
 // "03_"; 0: production); several with commas; "all" or "-" for all. A shape by its name or the beginning of it.
+//
+// Rows are appended to dev/results/<device>.jsonl by a run of everything, else only to the file that --out names.
 #pragma once
-#include <algorithm>
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "dev/bench_common.h"
 #include "llmc/error.h"
 
 namespace bench {
 
 struct Options {
-  std::string out;                            // results; empty: dev/results/<gpu>.jsonl
+  std::string out;                            // results; empty: dev/results/<device>.jsonl
   std::string run_id;                         // marks the lines of one run; default: $RUN_ID, else the time
   std::vector<std::string> shapes, variants;  // those to run, as they were asked for; empty: all
   bool quick = false;                         // few timed runs
@@ -45,30 +50,6 @@ struct Options {
   }
 };
 
-inline std::string utc(const char* format) {
-  char text[32];
-  std::time_t now = std::time(nullptr);
-  std::strftime(text, sizeof text, format, std::gmtime(&now));
-  return text;
-}
-
-// "a,b" -> a, b. "all" and "-" -> none, which stands for all.
-inline std::vector<std::string> split_names(const std::string& list) {
-  if (list == "all" || list == "-") return {};
-  std::vector<std::string> parts;
-  for (size_t begin = 0; begin <= list.size();) {
-    size_t end = std::min(list.find(',', begin), list.size());
-    if (end > begin) parts.push_back(list.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
-inline std::string joined(const std::vector<std::string>& names) {
-  std::string text;
-  for (const std::string& name : names) text += (text.empty() ? "" : " ") + name;
-  return text.empty() ? "none" : text;
-}
-
 // own: the program's own options and their defaults. --help prints and exits. Throws naming the option.
 inline Options parse_options(int argc, char** argv, std::map<std::string, std::string> own = {}) {
   Options o;
@@ -88,8 +69,8 @@ inline Options parse_options(int argc, char** argv, std::map<std::string, std::s
           "         --check-only                   only the check against the CPU, at a reduced size\n"
           "         --quick                        few timed runs\n"
           "         --json                         rows of results on stdout, all other text on stderr\n"
-          "         --out FILE                     append the rows there; default: dev/results/<gpu>.jsonl for a run\n"
-          "                                        of everything, nowhere for a part or with --quick\n"
+          "         --out FILE                     append the rows there; default: dev/results/<device>.jsonl for\n"
+          "                                        a run of everything, nowhere for a part or with --quick\n"
           "         --run-id ID                    marks these rows; default: $RUN_ID, else the time\n",
           std::filesystem::path(argv[0]).filename().c_str());
       for (auto& [name, value] : o.own)
@@ -111,18 +92,18 @@ inline Options parse_options(int argc, char** argv, std::map<std::string, std::s
       continue;
     }
     if (!option.starts_with("--")) fail("'", option, "' is not an option (see --help)");
+    const std::string name = option.substr(2);
+    const bool is_shapes = name == "shapes", is_variants = name == "variants";
+    std::string list;
+    std::string* value = is_shapes || is_variants ? &list
+                         : name == "out"          ? &o.out
+                         : name == "run-id"       ? &o.run_id
+                                                  : nullptr;
+    if (auto known = o.own.find(name); known != o.own.end()) value = &known->second;
+    if (!value) fail("no option is called '", option, "' (see --help)");
     if (i + 1 == argc) fail(option, " needs a value");
-    std::string value = argv[++i], name = option.substr(2);
-    if (name == "out")
-      o.out = value;
-    else if (name == "run-id")
-      o.run_id = value;
-    else if (name == "shapes" || name == "variants")
-      (name == "shapes" ? o.shapes : o.variants) = split_names(value);
-    else if (o.own.count(name))
-      o.own[name] = value;
-    else
-      fail("no option is called '", option, "' (see --help)");
+    *value = argv[++i];
+    if (is_shapes || is_variants) (is_shapes ? o.shapes : o.variants) = split_names(list);
   }
   return o;
 }
@@ -135,7 +116,7 @@ inline std::string match_variant(const std::string& asked, const std::vector<std
   if (!asked.empty() && asked.size() <= 3 && asked.find_first_not_of("0123456789") == std::string::npos) {
     const int rung = std::atoi(asked.c_str());
     if (rung == 0) return names.empty() ? "" : names[0];
-    beginning = (rung < 10 ? "0" : "") + std::to_string(rung) + "_";
+    beginning = std::string(rung < 10 ? 1 : 0, '0') + std::to_string(rung) + "_";
   }
   std::vector<std::string> found;
   for (const std::string& name : names)
@@ -158,6 +139,32 @@ inline std::vector<std::string> match_shape(const std::string& asked, const std:
   return found;
 }
 
+// The whole names of all that is asked for; none asked: none. Throws naming what is unknown and what exists.
+inline std::vector<std::string> match_variants(const std::vector<std::string>& asked,
+                                               const std::vector<std::string>& names) {
+  std::vector<std::string> found;
+  for (const std::string& variant : asked) {
+    const std::string match = match_variant(variant, names);
+    if (match.empty()) fail("no variant is called '", variant, "'; there are: ", joined(names));
+    add_once(found, match);
+  }
+  return found;
+}
+inline std::vector<std::string> match_shapes(const std::vector<std::string>& asked,
+                                             const std::vector<std::string>& names) {
+  std::vector<std::string> found;
+  for (const std::string& shape : asked)
+    for (const std::string& match : match_shape(shape, names)) add_once(found, match);
+  return found;
+}
+
+// Puts whole names in place of what is asked for. With --list it prints all names; true: there is nothing to run.
+inline bool settle_names(Options& o, const std::vector<std::string>& variants, const std::vector<std::string>& shapes) {
+  o.shapes = match_shapes(o.shapes, shapes), o.variants = match_variants(o.variants, variants);
+  if (o.list) std::printf("shapes: %s\nvariants: %s\n", joined(shapes).c_str(), joined(variants).c_str());
+  return o.list;
+}
+
 // dev/results of the repository that one of these folders lies in, whichever is found first.
 inline std::filesystem::path find_results(const std::vector<std::filesystem::path>& from) {
   for (std::filesystem::path folder : from)
@@ -172,6 +179,48 @@ inline std::filesystem::path find_results() {
   std::error_code ignored;
   return find_results(
       {std::filesystem::current_path(ignored), std::filesystem::read_symlink("/proc/self/exe", ignored).parent_path()});
+}
+
+// Where rows go, one a line: to the file that the options say, if any, and with --json to stdout, where nothing else is
+// printed from then on: all other text goes to stderr.
+class Results {
+ public:
+  // device: names the file in dev/results
+  Results(const Options& options, const std::string& device) {
+    if (options.records()) {
+      path_ = options.out.empty() ? (find_results() / (device + ".jsonl")).string() : options.out;
+      file_.open(path_, std::ios::app);
+      if (!file_) fail(path_, ": cannot be written");
+    }
+    if (options.json && !options.list) {
+      std::fflush(stdout);
+      json_ = fdopen(dup(STDOUT_FILENO), "w");
+      if (!json_ || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) fail("--json: stdout cannot be used");
+    }
+  }
+  ~Results() {
+    if (json_) std::fclose(json_);
+  }
+  Results(const Results&) = delete;
+  Results& operator=(const Results&) = delete;
+
+  void write(const std::string& row) {
+    if (json_) std::fprintf(json_, "%s\n", row.c_str()), std::fflush(json_);
+    if (!path_.empty() && !(file_ << row << std::endl)) fail(path_, ": cannot be written");
+  }
+
+ private:
+  std::string path_;  // empty: no file
+  std::ofstream file_;
+  std::FILE* json_ = nullptr;  // with --json: what stdout was
+};
+
+// The last lines of a run; returns the status of the program.
+inline int finish(const std::string& bench, int checks, int failures, const Options& options) {
+  std::printf("%s: %d checks, %d failed\n", bench.c_str(), checks, failures);
+  if (!options.records() && !options.check_only)
+    std::printf("%s: not recorded, since it is not a whole run (--out FILE records it)\n", bench.c_str());
+  return failures > 0 ? 1 : 0;
 }
 
 }  // namespace bench

@@ -6,18 +6,17 @@ namespace hopper {
 
 namespace {
 
-// With the tile asked for, where the product comes in it: sums over rows go on for long and want the least traffic; slots
-// for h (experts_staged.cuh) leave no registers for the accumulators of the medium tile.
+// With the tile asked for, where the product comes in it.
 template <template <class> class Product, class... Outputs>
 void run_with(GpuBase& dev, int tile, const ExpertShape& s, const Operands& o, Outputs... outputs) {
   if (dev.expert_tile >= 0) tile = dev.expert_tile;
-  if constexpr (Product<Wide>::sums_rows) {
-    if (tile == tall) return run(dev, Product<Tall>{{o, outputs...}}, s);
-  } else {
+  constexpr bool sums_rows = Product<Wide>::sums_rows, has_slots = Product<Wide>::warp_slots > 0;
+  if constexpr (comes_in(narrow, sums_rows, has_slots))
     if (tile == narrow) return run(dev, Product<Narrow>{{o, outputs...}}, s);
-    if constexpr (Product<Wide>::warp_slots == 0)
-      if (tile == medium) return run(dev, Product<Medium>{{o, outputs...}}, s);
-  }
+  if constexpr (comes_in(medium, sums_rows, has_slots))
+    if (tile == medium) return run(dev, Product<Medium>{{o, outputs...}}, s);
+  if constexpr (comes_in(tall, sums_rows, has_slots))
+    if (tile == tall) return run(dev, Product<Tall>{{o, outputs...}}, s);
   return run(dev, Product<Wide>{{o, outputs...}}, s);
 }
 

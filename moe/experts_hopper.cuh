@@ -22,6 +22,7 @@
 // tiles and read the operand that these share, which is not the gathered one, only once: each asks TMA for
 // half of it, to be delivered to both. A stage is empty when the consumers of both blocks say so.
 #pragma once
+#include "moe/experts_hopper_kernels.h"
 #include "moe/experts.h"
 #include "moe/experts_staged.cuh"
 
@@ -46,7 +47,6 @@ using Narrow = TileShape<128, 128, Consumers::ping_pong, 2>;
 using Medium = TileShape<128, 192, Consumers::ping_pong, 2>;
 using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
 using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
-enum Tile { narrow, medium, wide, tall };
 inline Tile down_tile(const ExpertShape& s) { return s.F > 2048 ? wide : medium; }  // of y = a W2^T
 
 constexpr int max_experts = 512;

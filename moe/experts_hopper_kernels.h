@@ -16,10 +16,16 @@ bool usable(const GpuBase& dev, const ExpertShape& s);
 // Error that says why where it does not (--experts hopper).
 void require(const GpuBase& dev, const ExpertShape& s);
 
-// Tiles, for measuring: GpuBase::expert_tile, where it is not negative, picks one of them; a product that does not come in
-// it takes 128x256.
+// Tiles. For measuring, GpuBase::expert_tile, where it is not negative, picks one of them; a product that does not come
+// in it takes 128x256.
+enum Tile { narrow, medium, wide, tall };
 constexpr int tile_choices = 4;
 extern const char* const tile_names[tile_choices];
+// Whether a product comes in a tile. Sums over rows (the weights' gradients) go on for long and want the least traffic;
+// slots for h (down backward) leave no registers for the accumulators of the medium tile.
+constexpr bool comes_in(int tile, bool sums_rows, bool has_slots) {
+  return sums_rows ? tile == wide || tile == tall : tile == narrow || tile == wide || (tile == medium && !has_slots);
+}
 
 // The ops of experts.h, on operands that experts.cu describes; partial (ceil(F/64), R) fp32 is what sum_dgates() adds up,
 // gradient (E,C,F) or (E,2F,C) is added to, fp32 where wide, else bf16. For shapes that are usable(). Errors: of the driver

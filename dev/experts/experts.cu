@@ -1,8 +1,9 @@
 // The six expert products, each alone. 0: production. portable: the kernels for every GPU, where production has special
-// ones. 128x128 ... : on Hopper, production with that tile (a product that does not come in it: with 128x256). 1: a thread
-// an element (naive.cuh), timed only where it takes seconds. cublaslt: one product an expert through cuBLASLt, on rows that were gathered beforehand and without what ours fuse (SwiGLU, its backward, the gate gradient).
+// ones. 128x128 ... : on Hopper, production with that tile, where the product comes in it. naive: a thread an element
+// (naive.cuh), timed only where it does not take seconds. cublaslt: one product an expert through cuBLASLt, on rows that
+// were gathered beforehand and without what ours fuse (SwiGLU, its backward, the gate gradient).
 //
-//   build/experts [--shapes olmoe-64x8,mixtral-8x2.up,...] [--variants portable] [--quick]
+//   make -C dev experts && dev/experts/experts [variant] [shape]     a shape: olmoe-64x8.up, or olmoe-64x8 for all six
 #include "dev/experts/buffers.h"
 #include "dev/experts/naive.cuh"
 #include "llmc/cuda_matmul.cuh"
@@ -18,8 +19,10 @@ struct Shape {
 };
 std::vector<Shape> all_shapes() {
   std::vector<Shape> all;
-  for (const MoeShape& s : moe_shapes())
+  for (const MoeShape& s : moe_shapes()) {
+    if (s.name.starts_with("blaze")) continue;  // moe_layer has them
     for (Product p : products) all.push_back({s.name + "." + name_of(p), s, p});
+  }
   return all;
 }
 Shape reduced(Shape s) { return {s.name, reduced_moe(s.moe), s.product}; }
@@ -118,8 +121,9 @@ Case make(Lab& lab, const Shape& shape) {
                           production(dev, p, b);
                           dev.portable = false;
                         }});
-  if (hopper::usable(dev, b.s))
-    for (int tile = 0; tile < hopper::tile_choices; ++tile)
+  const bool sums_rows = p == Product::dW2 || p == Product::dW13, has_slots = p == Product::down_backward;
+  for (int tile = 0; tile < hopper::tile_choices; ++tile)
+    if (hopper::usable(dev, b.s) && hopper::comes_in(tile, sums_rows, has_slots))
       c.variants.push_back({hopper::tile_names[tile], std::string("ours-") + hopper::tile_names[tile], [=, &dev] {
                               dev.expert_tile = tile;
                               production(dev, p, b);

@@ -1,6 +1,9 @@
 // The command line of the workshop's programs (dev/bench_options.h): no GPU needed.
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <iterator>
+
 #include "dev/bench_options.h"
 #include "dev/test/error_line.h"
 #include "dev/test/temp_dir.h"
@@ -45,7 +48,8 @@ TEST(BenchOptions, NamedOptions) {
 }
 
 TEST(BenchOptions, Refused) {
-  expect_refused([] { parsed({"--nonsense", "1"}); }, "'--nonsense'");
+  for (const Names& arguments : {Names{"--nonsense", "1"}, Names{"--nonsense"}})
+    expect_refused([&] { parsed(arguments); }, "'--nonsense'");
   expect_refused([] { parsed({"-x"}); }, "'-x'");
   expect_refused([] { parsed({"--out"}); }, "--out needs a value");
   expect_refused([] { parsed({"a", "b", "c"}); }, "'c'");
@@ -81,6 +85,19 @@ TEST(BenchOptions, Variants) {
   expect_refused([] { match_variant("c", variants); }, "copy cub cublaslt");
 }
 
+TEST(BenchOptions, WholeNamesTakeThePlaceOfWhatIsAskedFor) {
+  Options o = parsed({"3,2,02", "fine,1024x1"});
+  expect_refused([&] { settle_names(o, variants, shapes); }, "'3'", "production 01_naive 02_tiles 10_last");
+  o = parsed({"2,02,0", "fine,1024x1"});
+  EXPECT_FALSE(settle_names(o, variants, shapes));
+  EXPECT_EQ(o.variants, (Names{"02_tiles", "production"}));
+  EXPECT_EQ(o.shapes, (Names{"fine.even", "fine.skewed", "1024x128"}));
+  o = parsed({"--list"});
+  testing::internal::CaptureStdout();
+  EXPECT_TRUE(settle_names(o, {"production", "01_naive"}, {"a", "b"}));
+  EXPECT_EQ(testing::internal::GetCapturedStdout(), "shapes: a b\nvariants: production 01_naive\n");
+}
+
 TEST(BenchOptions, Shapes) {
   EXPECT_EQ(match_shape("olmoe", shapes), Names{"olmoe"});
   EXPECT_EQ(match_shape("o", shapes), Names{"olmoe"});
@@ -98,5 +115,23 @@ TEST(BenchOptions, ResultsAreFoundFromBelow) {
   std::filesystem::create_directories(root / "elsewhere");
   EXPECT_EQ(find_results({root / "elsewhere", root / "repository/build/deep"}), root / "repository/dev/results");
   expect_refused([&] { find_results({root / "elsewhere", ""}); }, "--out");
+}
+
+TEST(BenchOptions, RowsAreAppended) {
+  TempDir dir;
+  const std::string out = dir.path() + "/rows.jsonl";
+  for (const char* row : {"{}", "[]"}) Results(parsed({"--out", out}), "gpu").write(row);
+  Results(parsed({"--out", out, "--check-only"}), "gpu").write("not these");
+  std::ifstream file(out);
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(file), {}), "{}\n[]\n");
+  expect_refused([&] { Results(parsed({"--out", dir.path() + "/no/such"}), "gpu"); }, "no/such: cannot be written");
+}
+
+TEST(BenchOptions, Percentiles) {
+  Timing t = percentiles({9, 1, 5, 3, 7, 2, 4, 6, 8, 10, 11});
+  EXPECT_EQ(t.median, 6);
+  EXPECT_EQ(t.p10, 2);
+  EXPECT_EQ(t.p90, 10);
+  EXPECT_FALSE(percentiles({}));
 }
 }  // namespace

@@ -4,6 +4,7 @@ CPU_LADDERS is the folder of the programs. Standard library only."""
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import unittest
@@ -40,7 +41,7 @@ class CpuLadders(unittest.TestCase):
         for name, shape in LADDERS.items():
             with self.subTest(program=name):
                 out = self.folder / f"{name}.jsonl"
-                result = self.run_program(name, shape, "--quick", "--json", "--out", str(out), "--run-id", "r")
+                result = self.run_program(name, "-", shape, "--quick", "--json", "--out", str(out), "--run-id", "r")
                 self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
                 self.assertEqual(out.read_text(), result.stdout)
                 rows = [json.loads(line) for line in result.stdout.splitlines()]
@@ -53,20 +54,66 @@ class CpuLadders(unittest.TestCase):
                     self.assertEqual((row["bench"], row["shape"], row["gpu"], row["run_id"]), (name, shape, "cpu", "r"))
                     self.assertGreater(row["predicted_ms"], 0)
 
-    def test_one_variant(self):
-        result = self.run_program("matmul_cpu", "03_vectorised", "8x256x128", "--quick", "--json")
-        self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertEqual([json.loads(line)["variant"] for line in result.stdout.splitlines()], ["03_vectorised"])
+    # Rungs by number, variants and shapes by the beginning; production beside them.
+    def test_parts(self):
+        for args, variants in [(["3", "8x"], ["production", "03_vectorised"]),
+                               (["02_t,1", "8x256x128"], ["production", "01_naive", "02_tiled"]),
+                               (["--variants", "0", "--shapes", "8x"], ["production"]),
+                               (["-", "8x"], None)]:
+            with self.subTest(args=args):
+                result = self.run_program("matmul_cpu", *args, "--quick", "--json")
+                self.assertEqual(result.returncode, 0, result.stderr)
+                rows = [json.loads(line) for line in result.stdout.splitlines()]
+                self.assertEqual({row["shape"] for row in rows}, {"8x256x128"})
+                if variants:
+                    self.assertEqual([row["variant"] for row in rows], variants)
+                else:
+                    self.assertGreaterEqual(len(rows), 5)
+                self.assertIn("not recorded", result.stderr)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_list(self):
+        for name in [*LADDERS, "experts_cpu"]:
+            result = self.run_program(name, "--list")
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            shapes, variants = result.stdout.splitlines()
+            self.assertIn(LADDERS.get(name, "rows64"), shapes.removeprefix("shapes: ").split())
+            self.assertTrue(variants.startswith("variants: production"), variants)
+
+    # A run of everything is recorded in the dev/results above the folder that it is started from, with all its threads.
+    def test_whole_run_is_recorded(self):
+        results = self.folder / "dev" / "results"
+        results.mkdir(parents=True)
+        below = self.folder / "below"
+        below.mkdir()
+        result = subprocess.run([str(PROGRAMS / "routing_plan_cpu"), "--threads", "2"], capture_output=True, text=True,
+                                cwd=below)
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        self.assertRegex(result.stdout.splitlines()[-1], r"^routing_plan_cpu: \d+ checks, 0 failed$")
+        rows = [json.loads(line) for line in (results / "cpu.jsonl").read_text().splitlines()]
+        self.assertEqual(len({row["shape"] for row in rows}), 3)
+        self.assertEqual({row["threads"] for row in rows}, {1, 2})
+
+    def test_nowhere_to_record(self):
+        program = shutil.copy(PROGRAMS / "matmul_cpu", self.folder)  # from where no dev/results is above
+        result = subprocess.run([program], capture_output=True, text=True, cwd=self.folder)
+        self.assertEqual((result.returncode, result.stdout), (1, ""))
+        self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
+        self.assertIn("no folder dev/results", result.stderr)
 
     def test_wrong_use(self):
-        for name, args, words in [("matmul_cpu", ["05_magic"], "'05_magic'"),
-                                  ("routing_plan_cpu", ["02_counting_sort", "1x1x1"], "'1x1x1'"),
+        for name, args, words in [("matmul_cpu", ["05_magic"], "'05_magic'; there are: production 01_naive 02_tiled"),
+                                  ("matmul_cpu", ["7"], "'7'"),
+                                  ("routing_plan_cpu", ["2", "1x1x1"], "'1x1x1'; there are: 4096x2x8 32768x2x8"),
+                                  ("routing_plan_cpu", ["-", "32768"], "could be any of: 32768x2x8 32768x8x128"),
                                   ("attention_cpu", ["03_tiles", "01_scores_matrix"], "'01_scores_matrix'"),
-                                  ("experts_cpu", ["production"], "'production'"),
-                                  ("matmul_cpu", ["--fast"], "'--fast'"), ("matmul_cpu", ["--threads", "none"], "'none'"),
-                                  ("matmul_cpu", ["--threads", "0"], "'0'"), ("matmul_cpu", ["--out"], "--out"),
-                                  ("matmul_cpu", ["--quick", "--out", "no/such/folder"], "no/such/folder"),
-                                  ("matmul_cpu", [], "dev/results/cpu.jsonl")]:
+                                  ("attention_cpu", ["3", "b4", "b1"], "'b1'"), ("experts_cpu", ["rows8"], "'rows8'"),
+                                  ("matmul_cpu", ["--fast"], "'--fast'"),
+                                  ("matmul_cpu", ["--threads", "none"], "'none'"),
+                                  ("matmul_cpu", ["--threads", "0"], "'0'"),
+                                  ("matmul_cpu", ["--threads", "5000"], "4096"),
+                                  ("matmul_cpu", ["--out"], "--out"),
+                                  ("matmul_cpu", ["--quick", "--out", "no/such/folder"], "no/such/folder")]:
             with self.subTest(program=name, args=args):
                 result = self.run_program(name, *args)
                 self.assertEqual(result.returncode, 1, result.stdout + result.stderr)
