@@ -77,7 +77,7 @@ def floor(row, which):
 
 
 def is_rung(variant):
-    return variant[:1].isdigit()
+    return re.match(r"\d\d_", variant) is not None
 
 
 def read_results(folder):
