@@ -200,10 +200,15 @@ class SonicMoE:
 
     @staticmethod
     def configs(prune, configs, args, **others):
-        """The configurations that its autotuner tries. All of them are up to 44 kernels a product; those whose clusters
-        share the weights' tile, operands not swapped, are 11 at most: every tile, one round of compilation."""
+        """The configurations that its autotuner tries. All of them are up to 44 kernels a product, and one takes ten
+        seconds to compile; these three are the library's default and the two largest tiles."""
+
+        def large(config):
+            c = config.kwargs["config"]
+            return (c.tile_m, c.tile_n, c.pingpong) in ((128, 192, True), (128, 256, False), (256, 128, False))
+
         valid = prune(configs, args, **others)
-        tiles = [c for c in valid if c.kwargs["config"].cluster_n == 1 and not c.kwargs["config"].swap_ab]
+        tiles = [c for c in valid if large(c) and c.kwargs["config"].cluster_m == 2 and not c.kwargs["config"].swap_ab]
         return valid if SonicMoE.every_config else tiles or valid
 
     def forward(self, x):
