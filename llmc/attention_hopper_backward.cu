@@ -147,7 +147,7 @@ struct Backward {
   }
   __device__ __forceinline__ uint32_t steps() const { return uint32_t(group * (tiles - first_tile)); }
 
-  // ---- the first warpgroup: a thread that loads, a thread that adds dQ ----
+  // ---- the first warpgroup: a thread that loads, the threads that add dQ ----
 
   __device__ __forceinline__ void load() const {
     arrive_expecting(kv_full, 2 * Shape::k_bytes);
