@@ -243,6 +243,52 @@ TYPED_TEST(SameBits, WhateverThePolicyDispatchAndArena) {
   }
 }
 
+// With one micro-step products write gradients, here over NaN. With two they add to zeros: the first of the two, alone,
+// is the same step.
+TYPED_TEST(SameBits, WhetherGradientsAreWrittenOrAddedToZeros) {
+  using M = TestModel<TypeParam>;
+  auto steps = [](M& m, int64_t* poisoned) {
+    m.randomise(0.2);
+    for (const auto& b : m.model.table.buffers())
+      if (const TensorInfo* g = b.grad.tensor(); g && !b.grad.add)
+        m.device.fill_byte(g->data, 0xFF, g->bytes), ++*poisoned;
+    const RunOptions o = small_run();
+    const Batch batch = small_batch(o);
+    Trace trace;
+    for (int step = 0; step < 2; ++step) {
+      m.model.set_params({1e-2, step + 1, 1 / double(o.B * o.T), 1});
+      m.model.start_step();
+      m.model.set_batch(batch.tokens.data(), batch.targets.data());
+      m.model.micro_step(), m.model.update();
+      for (const Parameter& p : m.parameters()) {
+        std::vector<double> values;
+        for (auto g : m.read(p, M::State::grad)) values.push_back(double(g) + 0.0);  // zeros without a sign
+        trace.push_back({"step " + std::to_string(step) + " gradient " + p.name, values});
+      }
+    }
+    for (auto& entry : m.state()) trace.push_back(std::move(entry));
+    return trace;
+  };
+  for (const ModelConfig& config : {small_model(), small_sigmoid_model()})
+    for (const Policies& policies : {all_policies[1], all_policies[3], all_policies[4]})
+      for (bool separate : {false, true})
+        for (bool wide : {false, true}) {
+          SCOPED_TRACE(std::string(name_of(config.gate)) + " " + name_of(policies[0]) +
+                       (separate ? " separate" : " planned") + (wide ? " wide" : " narrow"));
+          RunOptions o = small_run();
+          o.recompute = policies, o.separate_arena = separate, o.wide_gradients = wide;
+          M writes(config, o);
+          o.micro_steps = 2;
+          M adds(config, o);
+          int64_t written = 0, none = 0;
+          Trace got = steps(writes, &written);
+          expect_same_bits(got, steps(adds, &none));
+          EXPECT_EQ(none, 0);
+          // qkv, o_proj, w13 and w2 of three layers; w13 and w2 of the shared experts of two
+          EXPECT_EQ(written, 3 * 4 + 2 * 2);
+        }
+}
+
 TYPED_TEST(SameBits, RunAfterRunAndOnOneThreadOrTwo) {
   const int threads = omp_get_max_threads();
   for (const ModelConfig& config : {small_model(), small_sigmoid_model()}) {
@@ -448,6 +494,20 @@ TEST(Memory, SavedByAMoeLayer) {
                   bytes + (kept && dispatch == Dispatch::materialized ? 2 * R * C : 0));
         EXPECT_EQ(model.plan.layer_bytes(layer, "moe", Category::metadata), kept ? metadata : 0);
       }
+    }
+}
+
+// H of a MoE layer is planned once, for the pass whose H the backward pass reads.
+TEST(Memory, HOnlyWhereABackwardPassReadsIt) {
+  for (Recompute policy : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
+    for (bool train : {true, false}) {
+      RunOptions o = small_run();
+      o.recompute.assign(3, policy), o.decode_positions = 5, o.train = train;
+      Cpu<bf16> device;
+      Model<Cpu<bf16>> model(device, small_model(), o);
+      const auto& tensors = model.plan.tensors();
+      auto planned = std::count_if(tensors.begin(), tensors.end(), [](const TensorInfo& t) { return t.name == "h"; });
+      EXPECT_EQ(planned, train ? 2 : 0) << name_of(policy);  // two of the three layers have experts
     }
 }
 

@@ -112,14 +112,15 @@ __device__ inline float block_max(float v) {
 
 // ---- gradients and faults ----
 
-// Adds a finished contribution to element i of a parameter gradient: one rounding.
+// Adds a finished contribution to element i of a parameter gradient, or writes it: one rounding.
 template <class Real>
-__device__ __forceinline__ void add_to_gradient(void* data, bool wide, int64_t i, float value) {
+__device__ __forceinline__ void add_to_gradient(void* data, bool wide, int64_t i, float value, bool add = true) {
   if (wide) {
-    static_cast<float*>(data)[i] += value;
+    float* p = static_cast<float*>(data) + i;
+    *p = add ? *p + value : value;
   } else {
-    Real* p = static_cast<Real*>(data);
-    p[i] = from_float<Real>(to_float(p[i]) + value);
+    Real* p = static_cast<Real*>(data) + i;
+    *p = from_float<Real>(add ? to_float(*p) + value : value);
   }
 }
 // Reports a fault; the first one wins.

@@ -184,7 +184,7 @@ template <class Device>
 void matmul_backward_weight(Device& dev, Grad<Device> dweight, void* scratch, const typename Device::Real* dout,
                             const typename Device::Real* x, int64_t N, int64_t IC, int64_t OC) {
   dweight.visit([&](auto* dw) {
-    dense_product(dev, view(dw, IC), scratch, view(dout, OC), true, view(x, IC), false, OC, IC, N, true);
+    dense_product(dev, view(dw, IC), scratch, view(dout, OC), true, view(x, IC), false, OC, IC, N, dweight.add);
   });
 }
 

@@ -12,8 +12,9 @@ template <class Device>
 void matmul_backward_input(Device& dev, typename Device::Real* dx, void* scratch, const typename Device::Real* dout,
                            const typename Device::Real* weight, int64_t N, int64_t IC, int64_t OC);
 
-// dweight (OC,IC) += dout (N,OC)^T * x (N,IC), the sum over N finished before it is added. A narrow gradient starts at zero
-// (gradient.h): onto anything else the library of a GPU may round the product before it adds.
+// dweight (OC,IC) += dout (N,OC)^T * x (N,IC), the sum over N finished before it is added; or = where dweight.add is not
+// set. A narrow gradient is written, or starts at zero (gradient.h): onto anything else the library of a GPU may round
+// the product before it adds.
 template <class Device>
 void matmul_backward_weight(Device& dev, Grad<Device> dweight, void* scratch, const typename Device::Real* dout,
                             const typename Device::Real* x, int64_t N, int64_t IC, int64_t OC);

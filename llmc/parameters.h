@@ -62,9 +62,10 @@ class ParameterTable {
   };
 
   // Declares a buffer (rows, cols) and its state on the plan. `train` false: weights only. wide_grad: the gradient is
-  // Acc. second_grad: one more Acc gradient of the same shape (tied embeddings).
+  // Acc. second_grad: one more Acc gradient of the same shape (tied embeddings). written_grad: a step's only writer of the
+  // gradient writes it (gradient.h).
   int add_buffer(Plan& plan, const std::string& name, int64_t rows, int64_t cols, bool train, bool wide_grad,
-                 bool second_grad = false) {
+                 bool second_grad = false, bool written_grad = false) {
     Buffer b{name, rows, cols, plan.persistent<Real>(name, {rows, cols}, Category::weights), {}, {}, {}, {}, {}};
     if (train) {
       auto gradient = [&](bool wide, const char* suffix) {
@@ -76,6 +77,7 @@ class ParameterTable {
         return g;
       };
       b.grad = gradient(wide_grad, ".grad");
+      b.grad.add = !written_grad;
       if (second_grad) b.second_grad = gradient(true, ".grad2");
       if (has_master) b.master = plan.persistent<Acc>(name + ".master", {rows, cols}, Category::optimizer);
       b.m = plan.persistent<Acc>(name + ".m", {rows, cols}, Category::optimizer);

@@ -214,6 +214,12 @@ class Executor {
   template <class A>
   void stamp(const A& arg, int64_t tick) {
     each_tensor(arg, [&](TensorInfo* t) { plan.touch(t, tick); });
+    if constexpr (requires { arg.tensor(); }) {  // a gradient: what is written twice has lost the first
+      TensorInfo* t = arg.tensor();
+      if (!t || arg.add) return;
+      if (t->first >= 0) fail("gradient ", t->name, " is written twice");
+      plan.touch(t, tick);
+    }
   }
   template <class A>
   void poison(const A& arg) {

@@ -46,7 +46,7 @@ void product(Device& dev, Real* out, int64_t ldo, Acc* tile, Block<Acc> A, Block
   }
 }
 
-// Values a thread needs: a gathered tile, a converted weight, a result tile, and two rows of width F.
+// Values a thread needs: two tiles of rows, a converted weight, and a third tile, of rows or of a weight gradient.
 template <class Acc, class Real>
 int64_t share(const ExpertShape& s) {
   int64_t wide = std::max(s.C, 2 * s.F);
@@ -66,10 +66,12 @@ void experts_up(Device& dev, typename Device::Real* h, typename Device::Real* a,
     Acc *tile = copy + tile_rows * std::max(C, 2 * F), *weight = tile + tile_rows * std::max(C, 2 * F);
     auto X = gather(x, row_slot, s.K, r, rows, C, 0, C, copy);
     auto W = load_block(w13 + e * 2 * F * C, C, 2 * F, C, weight);
-    product(dev, h + r * 2 * F, 2 * F, tile, X, W, true, rows, 2 * F, C);
-    for (int64_t i = r; i < r + rows; ++i) {
-      swiglu_row(tile, h + i * 2 * F, F);
-      for (int64_t f = 0; f < F; ++f) a[i * F + f] = Real(tile[f]);
+    // Of these rows; where nobody wants them, behind the weight.
+    Real* rows_of_h = h ? h + r * 2 * F : reinterpret_cast<Real*>(weight + block_size<Acc, Real>(2 * F * C));
+    product(dev, rows_of_h, 2 * F, tile, X, W, true, rows, 2 * F, C);
+    for (int64_t i = 0; i < rows; ++i) {
+      swiglu_row(tile, rows_of_h + i * 2 * F, F);
+      for (int64_t f = 0; f < F; ++f) a[(r + i) * F + f] = Real(tile[f]);
     }
   });
 }
@@ -128,9 +130,10 @@ void experts_down_backward_weight(Device& dev, Grad<Device> dw2, void* scratch, 
   for (int64_t e = 0; e < s.E; ++e)
     for (int64_t c0 = 0; c0 < C; c0 += weight_rows) {
       int64_t cols = std::min(weight_rows, C - c0);
-      if (offsets[e] == offsets[e + 1]) continue;
+      if (offsets[e] == offsets[e + 1] && dw2.add) continue;
       Acc* copy = thread_share<Acc>(scratch, share<Acc, Real>(s));
       Acc *copy_a = copy + tile_rows * std::max(C, 2 * F), *sum = copy_a + tile_rows * std::max(C, 2 * F);
+      if (offsets[e] == offsets[e + 1]) std::fill_n(sum, cols * F, Acc(0));
       for (int64_t r = offsets[e]; r < offsets[e + 1]; r += tile_rows) {
         int64_t rows = std::min<int64_t>(tile_rows, offsets[e + 1] - r);
         auto dO = gather(dout, row_slot, s.K, r, rows, C, c0, cols, copy);
@@ -169,9 +172,10 @@ void experts_up_backward_weight(Device& dev, Grad<Device> dw13, void* scratch, c
   for (int64_t e = 0; e < s.E; ++e)
     for (int64_t f0 = 0; f0 < 2 * F; f0 += weight_rows) {
       int64_t cols = std::min(weight_rows, 2 * F - f0);
-      if (offsets[e] == offsets[e + 1]) continue;
+      if (offsets[e] == offsets[e + 1] && dw13.add) continue;
       Acc* copy = thread_share<Acc>(scratch, share<Acc, Real>(s));
       Acc *copy_h = copy + tile_rows * std::max(C, 2 * F), *sum = copy_h + tile_rows * std::max(C, 2 * F);
+      if (offsets[e] == offsets[e + 1]) std::fill_n(sum, cols * C, Acc(0));
       for (int64_t r = offsets[e]; r < offsets[e + 1]; r += tile_rows) {
         int64_t rows = std::min<int64_t>(tile_rows, offsets[e + 1] - r);
         auto X = gather(x, row_slot, s.K, r, rows, C, 0, C, copy);

@@ -101,8 +101,8 @@ void experts_down_backward_weight(Device& dev, Grad<Device> dw2, void*, const ty
   if constexpr (std::is_same_v<typename Device::Real, bf16>)
     if (on_tensor_cores<Device>(s)) {
       const auto o = operands(dout, a_scaled, offsets, row_slot, s, s.C, s.F, 0);
-      return on_hopper(dev, s) ? hopper::down_backward_weight(dev, o, dw2.data, dw2.wide, s)
-                               : portable::run(dev, DownWeight{o, dw2.data, dw2.wide});
+      return on_hopper(dev, s) ? hopper::down_backward_weight(dev, o, dw2.data, dw2.wide, dw2.add, s)
+                               : portable::run(dev, DownWeight{o, dw2.data, dw2.wide, dw2.add});
     }
   plain::down_backward_weight(dev, dw2, dout, a_scaled, offsets, row_slot, s);
 }
@@ -126,8 +126,8 @@ void experts_up_backward_weight(Device& dev, Grad<Device> dw13, void*, const typ
   if constexpr (std::is_same_v<typename Device::Real, bf16>)
     if (on_tensor_cores<Device>(s)) {
       const auto o = operands(dh, x, offsets, row_slot, s, 2 * s.F, s.C, 0);
-      return on_hopper(dev, s) ? hopper::up_backward_weight(dev, o, dw13.data, dw13.wide, s)
-                               : portable::run(dev, UpWeight{o, dw13.data, dw13.wide});
+      return on_hopper(dev, s) ? hopper::up_backward_weight(dev, o, dw13.data, dw13.wide, dw13.add, s)
+                               : portable::run(dev, UpWeight{o, dw13.data, dw13.wide, dw13.add});
     }
   plain::up_backward_weight(dev, dw13, dh, x, offsets, row_slot, s);
 }

@@ -16,7 +16,8 @@ struct ExpertShape {
 // Physical row, inside W13 of an expert, of row f of its gate (up = false) or up projection.
 constexpr int64_t w13_row(int64_t f, bool up) { return f / 8 * 16 + f % 8 + (up ? 8 : 0); }
 
-// h (R,2F) = x[token(r)] W13[e]^T, rounded to Real; a (R,F) = swiglu of the rounded h.
+// h (R,2F) = x[token(r)] W13[e]^T, rounded to Real; a (R,F) = swiglu of the rounded h. Where h is null it is not written,
+// and a has the same bits.
 template <class Device>
 void experts_up(Device& dev, typename Device::Real* h, typename Device::Real* a, void* scratch,
                 const typename Device::Real* x, const typename Device::Real* w13, const int32_t* offsets,
@@ -38,7 +39,7 @@ void experts_down_backward(Device& dev, typename Device::Real* dh, typename Devi
                            const typename Device::Real* a, const typename Device::Acc* gates, const int32_t* offsets,
                            const int32_t* row_slot, const int32_t* slot_of_row, ExpertShape shape);
 
-// dW2[e] += dout[tokens]^T * a_scaled over the rows of e
+// dW2[e] += dout[tokens]^T * a_scaled over the rows of e; or, where dw2.add is not set, =: zeros where e has no rows.
 template <class Device>
 void experts_down_backward_weight(Device& dev, Grad<Device> dw2, void* scratch, const typename Device::Real* dout,
                                   const typename Device::Real* a_scaled, const int32_t* offsets,
@@ -50,7 +51,7 @@ void experts_up_backward_input(Device& dev, typename Device::Real* dx_rows, void
                                const typename Device::Real* dh, const typename Device::Real* w13,
                                const int32_t* offsets, ExpertShape shape);
 
-// dW13[e] += dh^T * x[tokens] over the rows of e
+// dW13[e] += dh^T * x[tokens] over the rows of e; or = as above.
 template <class Device>
 void experts_up_backward_weight(Device& dev, Grad<Device> dw13, void* scratch, const typename Device::Real* dh,
                                 const typename Device::Real* x, const int32_t* offsets, const int32_t* row_slot,

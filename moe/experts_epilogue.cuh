@@ -103,7 +103,7 @@ __device__ __forceinline__ uint32_t swiglu_pair(uint32_t h_gate, uint32_t h_up) 
 }
 
 // Blocks of 8 columns of the tile are gate and up in turn, in the same lanes: each thread has all that its columns of a
-// need.
+// need. h is null where nobody wants it.
 template <class Shape_>
 struct Up : Operands {
   using Shape = Shape_;
@@ -138,7 +138,7 @@ struct Up : Operands {
 #pragma unroll
           for (int group = 0; group < 2; ++group) {
             const int column = place.column_of(part * 2 + group);
-            if (column < N) store16(h + int64_t(row) * N + column, packed[group]);
+            if (h && column < N) store16(h + int64_t(row) * N + column, packed[group]);
           }
           if (f < F) store16(activated + int64_t(row) * F + f, act);
         }
@@ -296,19 +296,21 @@ struct DownBackward : Operands, DownBackwardOutputs {
   }
 };
 
-// ---- dW2 += dout[tokens]^T a_scaled, dW13 += dh^T x[tokens] ----
+// ---- dW2 += dout[tokens]^T a_scaled, dW13 += dh^T x[tokens]; or = ----
 
-// Output M x N of each expert, summed over its rows: both windows move down. One operand is read through row_slot.
+// Output M x N of each expert, summed over its rows: both windows move down. One operand is read through row_slot. An
+// expert without rows has no tiles.
 template <class Shape_, bool gather_a>
 struct WeightGradient : Operands {
   using Shape = Shape_;
   static constexpr bool sums_rows = true, has_prefetch = true;
   static constexpr Access a_access{.down = true, .gathered = gather_a}, b_access{.down = true, .gathered = !gather_a};
   void* gradient;
-  bool wide;
+  bool wide, adds;  // adds: to the gradient; else it is written, and not read
 
   template <int rows, int columns, int threads>
   __device__ __forceinline__ void prefetch(const WorkTile& t, int m0, int thread) const {
+    if (!adds) return;
     const int64_t first = (int64_t(t.expert) * M + m0) * N + t.n0;
     if (wide)
       prefetch_tile<rows, columns * 4, threads>(static_cast<float*>(gradient) + first, int64_t(N) * 4, M - m0,
@@ -327,9 +329,23 @@ struct WeightGradient : Operands {
       add(static_cast<bf16*>(gradient) + int64_t(t.expert) * M * N, acc, place);
   }
 
+  // Where the gradient is written: zeros for the experts without rows, each by all callers together. The caller is
+  // `thread` of `threads`; whole warps call.
+  __device__ void write_empty(int64_t thread, int64_t threads) const {
+    if (adds) return;
+    const int64_t chunks = int64_t(M) * N * (wide ? sizeof(float) : sizeof(bf16)) / 16;
+    for (int e0 = 0; e0 < E; e0 += 32) {
+      const int e = e0 + threadIdx.x % 32;
+      for (unsigned empty = __ballot_sync(~0u, e < E && offsets[e] == offsets[e + 1]); empty; empty &= empty - 1) {
+        uint4* to = static_cast<uint4*>(gradient) + (e0 + __ffs(empty) - 1) * chunks;
+        for (int64_t i = thread; i < chunks; i += threads) to[i] = {0, 0, 0, 0};
+      }
+    }
+  }
+
  private:
   // Adds in pieces of 8 rows and 64 columns: what the gradient holds for the next `ahead` is on its way while one is
-  // added, two where the accumulators leave registers for it.
+  // added, two where the accumulators leave registers for it. Where it is written, zeros stand in for what it holds.
   //
   // Two blocks of 8 columns at a time: of a row the even lane of a pair takes 4 columns of the first, the odd lane 4 of
   // the second.
@@ -352,7 +368,7 @@ struct WeightGradient : Operands {
     auto load = [&](int piece) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (inside(piece, j)) old[piece % (ahead + 1)][j] = *reinterpret_cast<const float4*>(at(piece, j));
+        if (adds && inside(piece, j)) old[piece % (ahead + 1)][j] = *reinterpret_cast<const float4*>(at(piece, j));
     };
 #pragma unroll
     for (int piece = 0; piece < ahead; ++piece) load(piece);
@@ -387,7 +403,8 @@ struct WeightGradient : Operands {
     auto load = [&](int piece) {
 #pragma unroll
       for (int group = 0; group < 2; ++group)
-        if (inside(piece, group)) old[piece % (ahead + 1)][group] = *reinterpret_cast<const uint4*>(at(piece, group));
+        if (adds && inside(piece, group))
+          old[piece % (ahead + 1)][group] = *reinterpret_cast<const uint4*>(at(piece, group));
     };
 #pragma unroll
     for (int piece = 0; piece < ahead; ++piece) load(piece);

@@ -47,9 +47,16 @@ void require(const GpuBase& dev, const ExpertShape& s) {
 }
 
 // Measured on an H100 (dev/experts). The larger the tile, the less is read from the L2 cache for a multiplication; with a
-// short reduction more is won by finishing a tile while the next is multiplied.
+// short reduction, or much to finish, more is won by finishing a tile while the next is multiplied (ping-pong):
+//   up             at every depth: two outputs and an activation are much to finish; where suits_medium()
+//   down, dX       up to F 2048: there is less to finish, and in a long reduction it is less of the whole
+//   down backward  up to C 1536, with 128x128: it has no registers for 128x192
+// Weights have cooperative tiles only. A unit (TileWalk) of dW2 is 256 x 256 of the output with the wide tile; one of dW13
+// is 128 x 512, and 256 x 256 with the tall one. Tall gathers half as much by threads and has B read from shared memory
+// twice. It takes dW13 where 512 do not divide the width, which would leave parts of units empty, and reductions under
+// 2048 rows, where a tile's start, which waits for the gathered rows, is more of the whole (the reason is a guess).
 void up(GpuBase& dev, const Operands& o, bf16* h, bf16* a, const ExpertShape& s) {
-  run_with<StagedUp>(dev, wide, s, o, h, a);
+  run_with<StagedUp>(dev, suits_medium(2 * s.F) ? medium : wide, s, o, h, a);
 }
 void down(GpuBase& dev, const Operands& o, bf16* y, const ExpertShape& s) {
   run_with<Down>(dev, down_tile(s), s, o, y);
@@ -59,14 +66,17 @@ void down_backward(GpuBase& dev, const Operands& o, bf16* dh, bf16* a_scaled, fl
   const DownBackwardOutputs out{dh, a_scaled, partial, h, gates, slot_of_row, s.R};
   run_with<StagedDownBackward>(dev, s.C > 1536 ? wide : narrow, s, o, out);
 }
-void down_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, const ExpertShape& s) {
-  run_with<DownWeight>(dev, wide, s, o, gradient, wide_gradient);
+void down_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, bool adds,
+                          const ExpertShape& s) {
+  run_with<DownWeight>(dev, wide, s, o, gradient, wide_gradient, adds);
 }
 void up_backward_input(GpuBase& dev, const Operands& o, bf16* dx_rows, const ExpertShape& s) {
-  run_with<UpInput>(dev, s.F > 512 ? wide : medium, s, o, dx_rows);
+  run_with<UpInput>(dev, up_input_tile(s), s, o, dx_rows);
 }
-void up_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, const ExpertShape& s) {
-  run_with<UpWeight>(dev, s.C % 512 == 0 ? wide : tall, s, o, gradient, wide_gradient);
+void up_backward_weight(GpuBase& dev, const Operands& o, void* gradient, bool wide_gradient, bool adds,
+                        const ExpertShape& s) {
+  const bool whole = s.C % 512 == 0, is_long = s.R >= 2048 * s.E;
+  run_with<UpWeight>(dev, whole && is_long ? wide : tall, s, o, gradient, wide_gradient, adds);
 }
 
 }  // namespace hopper

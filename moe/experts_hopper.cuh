@@ -47,7 +47,15 @@ using Narrow = TileShape<128, 128, Consumers::ping_pong, 2>;
 using Medium = TileShape<128, 192, Consumers::ping_pong, 2>;
 using Wide = TileShape<128, 256, Consumers::cooperative, 2>;
 using Tall = TileShape<256, 128, Consumers::cooperative, 2>;
-inline Tile down_tile(const ExpertShape& s) { return s.F > 2048 ? wide : medium; }  // of y = a W2^T
+// Whether so many columns may be cut into 192 where 256 is the other choice. Ping-pong with the smaller tile gains about a
+// twentieth; so not where its last tile reaches further beyond the columns than that.
+inline bool suits_medium(int64_t columns) {
+  const int64_t by_192 = ceil_div(columns, 192) * 192, by_256 = ceil_div(columns, 256) * 256;
+  return by_192 - by_256 < by_256 / 20;
+}
+// Of y = a W2^T, and of dx_rows = dh W13.
+inline Tile down_tile(const ExpertShape& s) { return s.F > 2048 ? wide : medium; }
+inline Tile up_input_tile(const ExpertShape& s) { return s.F > 2048 || !suits_medium(s.C) ? wide : medium; }
 
 constexpr int max_experts = 512;
 
@@ -332,6 +340,8 @@ __global__ void __launch_bounds__(Product::Shape::threads, 1)
   if (role == 0) {
     give_registers<Pipeline<Product>::producer_registers>();
     pipeline.produce();
+    if constexpr (Product::sums_rows)  // while the others finish
+      args.product.write_empty(int64_t(blockIdx.x) * warpgroup + threadIdx.x, int64_t(gridDim.x) * warpgroup);
   } else {
     take_registers<Pipeline<Product>::consumer_registers>();
     if (Product::Shape::ping_pong && role == 2) arrive_threads(1, 2 * warpgroup);  // the first turn

@@ -31,7 +31,7 @@ struct Product {
     if constexpr (sums_rows) {
       t.expert = blockIdx.z, t.m0 = blockIdx.x * int64_t(tile);
       t.row = offsets[t.expert], t.row_end = offsets[t.expert + 1];
-      return t.row < t.row_end;
+      return true;
     } else {
       int64_t left = blockIdx.x;
       for (t.expert = 0; t.expert < E; ++t.expert) {
@@ -54,6 +54,8 @@ template <class P>
 __global__ void __launch_bounds__(threads, 2) multiply(P p) {
   Tile t;
   if (!p.locate(t)) return;
+  if constexpr (P::sums_rows)
+    if (t.row == t.row_end && p.gradient.add) return;  // nothing to add; but zeros are written
   __shared__ float a[step][tile + 1], b[step][tile + 1];
   const int thread = threadIdx.x, x = thread % 16, y = thread / 16;
   const int64_t m_end = P::sums_rows ? p.M : t.row_end, first = P::sums_rows ? t.row : 0,
@@ -114,7 +116,7 @@ struct Up : Product<Real, false> {
       const float mine = rounded<Real>(result[j]), other = __shfl_xor_sync(~0u, mine, 8);
       const int64_t column = n + 16 * j;
       if (!valid || column >= this->N) continue;
-      h[r * this->N + column] = from_float<Real>(mine);
+      if (h) h[r * this->N + column] = from_float<Real>(mine);
       if (column % 16 < 8) act[r * F + column / 16 * 8 + column % 8] = from_float<Real>(mine * sigmoid(mine) * other);
     }
   }
@@ -189,7 +191,8 @@ struct WeightGradient : Product<Real, true> {
   __device__ void finish(const Tile& t, int64_t m, int64_t n, bool valid, const float (&result)[4]) const {
     for (int j = 0; j < 4; ++j)
       if (valid && n + 16 * j < this->N)
-        add_to_gradient<Real>(gradient.data, gradient.wide, (t.expert * this->M + m) * this->N + n + 16 * j, result[j]);
+        add_to_gradient<Real>(gradient.data, gradient.wide, (t.expert * this->M + m) * this->N + n + 16 * j, result[j],
+                              gradient.add);
   }
 };
 

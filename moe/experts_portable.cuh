@@ -203,6 +203,8 @@ __global__ void __launch_bounds__(Product::Shape::threads, Product::Shape::block
     }
     p.finish(acc, Place<16>(tile, warp_m * WM, warp_n * WN), tile);
   }
+  if constexpr (Product::sums_rows)
+    p.write_empty(int64_t(blockIdx.x) * Shape::threads + threadIdx.x, int64_t(gridDim.x) * Shape::threads);
   wait_copies<0>();  // the zeros behind the last tile: shared memory is not ours for longer
 }
 

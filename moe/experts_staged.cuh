@@ -98,7 +98,7 @@ struct StagedUp : Up<Shape> {
   static constexpr int warp_bytes = Box<64>::bytes + Box<32>::bytes, warp_slots = 0;
   static constexpr bool looks_ahead = false;
   static void describe(TensorMap* maps, const Up<Shape>& p, const ExpertShape& s) {
-    maps[0] = tensor_map(p.h, 1, s.R, 2 * s.F, s.R * 2 * s.F, box_rows);
+    if (p.h) maps[0] = tensor_map(p.h, 1, s.R, 2 * s.F, s.R * 2 * s.F, box_rows);
     maps[1] = tensor_map(p.activated, 1, s.R, s.F, s.R * s.F, box_rows, 32);
   }
 
@@ -129,20 +129,22 @@ struct StagedUp : Up<Shape> {
             for (int half = 0; half < 2; ++half) a[j][half] = swiglu_pair(h[2 * j][half], h[2 * j + 1][half]);
           if (first_lane()) wait_stores_read<0>();
           __syncwarp();
+          if (p.h)
 #pragma unroll
-          for (int j = 0; j < 8; j += 2)
-            store_matrices(h_place ^ (j << 4), {h[j][0], h[j][1], h[j + 1][0], h[j + 1][1]});
+            for (int j = 0; j < 8; j += 2)
+              store_matrices(h_place ^ (j << 4), {h[j][0], h[j][1], h[j + 1][0], h[j + 1][1]});
 #pragma unroll
           for (int j = 0; j < 4; j += 2)
             store_matrices(a_place ^ (j << 4), {a[j][0], a[j][1], a[j + 1][0], a[j + 1][1]});
           fence_async_proxy();
           __syncwarp();
           if (first + box_rows <= t.row_end) {
-            if (first_lane())
-              store_box(maps, slot, column, first, 0), store_box(maps + 1, a_slot, column / 2, first, 0),
-                  commit_stores();
+            if (first_lane()) {
+              if (p.h) store_box(maps, slot, column, first, 0);
+              store_box(maps + 1, a_slot, column / 2, first, 0), commit_stores();
+            }
           } else {
-            Box<64>::store_by_lanes(slot, p.h, p.N, column, first, t.row_end);
+            if (p.h) Box<64>::store_by_lanes(slot, p.h, p.N, column, first, t.row_end);
             Box<32>::store_by_lanes(a_slot, p.activated, p.N / 2, column / 2, first, t.row_end);
           }
         }

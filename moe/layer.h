@@ -1,7 +1,8 @@
 // One MoE layer: its ops in order, forward and backward, and what is kept between the two.
 //
 // Kept by default (policy `act`): x (N,C) and H (R,2F), 2NC + 4NKF bytes in bf16, and the routing metadata. Y, the
-// gradient of each expert row, A, gate*A and dH live in the workspace that all layers share.
+// gradient of each expert row, A, gate*A and dH live in the workspace that all layers share. A forward pass whose H no
+// backward pass will read (evaluation, decoding, the first of two under policies `up` and `block`) does not make it.
 #pragma once
 #include "llmc/matmul.h"
 #include "llmc/rmsnorm.h"
@@ -131,9 +132,12 @@ struct MoeLayer {
     return dispatch == Dispatch::materialized ? Tensor<int32_t>{} : s.plan.row_slot;
   }
 
-  void up(MoeSaved<Device>& s, Tensor<Real> input, Category keep) {
-    s.experts.h =
-        x.template tensor<Real>("h", {experts.R, 2 * experts.F}, policy <= Recompute::act ? keep : Category::workspace);
+  // wants_h: a backward pass will read H before it is made again.
+  void up(MoeSaved<Device>& s, Tensor<Real> input, Category keep, bool wants_h) {
+    s.experts.h = {};
+    if (wants_h)
+      s.experts.h = x.template tensor<Real>("h", {experts.R, 2 * experts.F},
+                                            policy <= Recompute::act ? keep : Category::workspace);
     s.experts.a =
         x.template tensor<Real>("a", {experts.R, experts.F}, policy == Recompute::none ? keep : Category::workspace);
     x.op("experts up", experts_up<Device>, s.experts.h, s.experts.a, scratch(), source(s, input), weights.w13,
@@ -168,7 +172,7 @@ struct MoeLayer {
       s.rows = x.template tensor<Real>("x_rows", {experts.R, C}, saved);
       x.op("gather x", dispatch_gather<Device>, s.rows, input, s.plan.offsets, s.plan.row_slot, N, K, E, C);
     }
-    up(s, input, saved);
+    up(s, input, saved, recomputing || (keep && policy <= Recompute::act));
     if (!recomputing) {
       auto y = x.template tensor<Real>("y", {experts.R, C});
       x.op("experts down", experts_down<Device>, y, scratch(), s.experts.a, weights.w2, s.plan.offsets, experts);
@@ -190,7 +194,7 @@ struct MoeLayer {
     int64_t N = router.N, C = router.C, K = router.K, E = router.E;
     if (policy == Recompute::up) {
       Recomputing again(x);
-      up(s, input, Category::workspace);
+      up(s, input, Category::workspace, true);
     }
     auto dout_rows = dout;
     if (dispatch == Dispatch::materialized) {

@@ -20,7 +20,7 @@
 
 struct RunOptions {
   int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
-  int64_t micro_steps = 1;  // micro-batches of a step
+  int64_t micro_steps = 1;  // micro-batches of a step; micro_step() is to be called so many times
   bool train = true, evaluate = true;
   int64_t decode_positions = 0;  // length of the key/value cache; 0: no decoding
   bool wide_gradients = true;    // gradients of matrices in Acc; else in Real
@@ -289,7 +289,16 @@ class Model {
   }
 
   Tensor<Real> weight(int buffer) const { return buffer < 0 ? Tensor<Real>{} : table.buffer(buffer).weight; }
-  GradTensor<Device> grad(int buffer) const { return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad; }
+  // For the products' weight gradients, which can write.
+  GradTensor<Device> product_grad(int buffer) const {
+    return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad;
+  }
+  // For ops that only add.
+  GradTensor<Device> grad(int buffer) const {
+    GradTensor<Device> g = product_grad(buffer);
+    if (!g.add) fail("the gradient of ", table.buffer(buffer).name, " is to be written, by an op that adds");
+    return g;
+  }
   Acc* state_pointer(const Parameter& p, State which) const {
     const auto& b = table.buffer(p.buffer);
     return which == State::master ? b.master : which == State::m ? b.m : b.v;
@@ -313,11 +322,15 @@ class Model {
       table.add({name, 1, cols, true, Init::ones, false, Shard::replicated, layer, buffer, {}, 0});
       return buffer;
     };
+    // A matrix whose gradient is one product a micro-step. Where that is one a step, it is written and never zeroed.
+    auto product = [&](const std::string& name, int64_t rows, int64_t cols) {
+      return table.add_buffer(plan, name, rows, cols, train, wide, false, options.micro_steps == 1);
+    };
     // An MLP of `experts` experts of width F; `prefix(e)` names expert e.
     auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, Shard shard13, Shard shard2,
                    auto prefix, int& w13, int& w2) {
-      w13 = table.add_buffer(plan, name + ".w13", experts * 2 * F, C, train, wide);
-      w2 = table.add_buffer(plan, name + ".w2", experts * C, F, train, wide);
+      w13 = product(name + ".w13", experts * 2 * F, C);
+      w2 = product(name + ".w2", experts * C, F);
       for (int64_t e = 0; e < experts; ++e) {
         matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, shard13, layer, w13,
                {e * 2 * F + w13_row(0, false), 8, 16});
@@ -335,12 +348,12 @@ class Model {
                   moe = layer + "mlp.";
       plan.set_place(l, "attention");
       b.norm1 = vector(layer + "input_layernorm.weight", C, l);
-      b.qkv = table.add_buffer(plan, attention + "qkv", c.heads().qkv_width(), C, train, wide);
+      b.qkv = product(attention + "qkv", c.heads().qkv_width(), C);
       int64_t q = c.n_head * HD, kv = c.n_kv_head * HD;
       matrix(attention + "q_proj.weight", q, C, Init::normal, Shard::rows, l, b.qkv, {0, 1, 1});
       matrix(attention + "k_proj.weight", kv, C, Init::normal, Shard::rows, l, b.qkv, {q, 1, 1});
       matrix(attention + "v_proj.weight", kv, C, Init::normal, Shard::rows, l, b.qkv, {q + kv, 1, 1});
-      b.o = table.add_buffer(plan, attention + "o_proj.weight", C, q, train, wide);
+      b.o = product(attention + "o_proj.weight", C, q);
       matrix(attention + "o_proj.weight", C, q, Init::residual, Shard::columns, l, b.o, {});
       if (c.qk_norm) {
         b.q_norm = vector(attention + "q_norm.weight", HD, l);
@@ -429,8 +442,8 @@ class Model {
             weight(b.router),
             grad(b.router),
             bias_[l],
-            {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
-            {weight(b.shared13), weight(b.shared2), grad(b.shared13), grad(b.shared2)},
+            {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
+            {weight(b.shared13), weight(b.shared2), product_grad(b.shared13), product_grad(b.shared2)},
             config.d_shared,
             load_[l],
             full && pass.training ? replay_[l] : Tensor<int32_t>{},
@@ -441,7 +454,7 @@ class Model {
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
     return {x_,
-            {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
+            {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
             pass.N(),
             config.d_model,
             config.d_dense,
@@ -530,7 +543,8 @@ class Model {
     plan.set_place(l, "attention");
     auto d_o = x_.template tensor<Real>("do", {N, heads.q_width()});
     auto scratch = product_scratch(N, heads.q_width(), C);
-    x_.op("attention out dW", matmul_backward_weight<Device>, grad(b.o), scratch, dres, s.o, N, heads.q_width(), C);
+    x_.op("attention out dW", matmul_backward_weight<Device>, product_grad(b.o), scratch, dres, s.o, N, heads.q_width(),
+          C);
     x_.op("attention out dX", matmul_backward_input<Device>, d_o, scratch, dres, weight(b.o), N, heads.q_width(), C);
     auto qk = rotate(l, pass, s);
     auto dqkv = x_.template tensor<Real>("dqkv", {N, heads.qkv_width()});
@@ -546,7 +560,8 @@ class Model {
     auto rstd = x_.template tensor<Acc>("rstd1", {N});
     x_.op("norm 1 again", rmsnorm_forward<Device>, normed, rstd, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
     scratch = product_scratch(N, C, heads.qkv_width());
-    x_.op("qkv dW", matmul_backward_weight<Device>, grad(b.qkv), scratch, dqkv, normed, N, C, heads.qkv_width());
+    x_.op("qkv dW", matmul_backward_weight<Device>, product_grad(b.qkv), scratch, dqkv, normed, N, C,
+          heads.qkv_width());
     auto dnormed = x_.template tensor<Real>("dnorm1", {N, C});
     x_.op("qkv dX", matmul_backward_input<Device>, dnormed, scratch, dqkv, weight(b.qkv), N, C, heads.qkv_width());
     norm_backward("norm 1 backward", dres, b.norm1, dnormed, dres, s.input, s.rstd1, N);
@@ -609,8 +624,8 @@ class Model {
   // ---- the programs ----
   void start_step_ops() {
     for (const auto& b : table.buffers())
-      for (TensorInfo* g : {b.grad.tensor(), b.second_grad.tensor()})
-        if (g) x_.op("zero gradients", zero, Tensor<char>{g}, int64_t(g->bytes));
+      for (const GradTensor<Device>& g : {b.grad, b.second_grad})
+        if (TensorInfo* t = g.tensor(); t && g.add) x_.op("zero gradients", zero, Tensor<char>{t}, int64_t(t->bytes));
     for (const auto& load : load_)
       if (load) x_.op("zero load", zero, load, int64_t(config.n_expert * sizeof(int32_t)));
     x_.op("zero stats", reset_stats<Device>, stats_);

@@ -4,7 +4,7 @@
 //
 // Kept: x, and each expert's rows of x, H, A and Y: 2NC + 4RC + 6RF bytes. Transient: what one expert works on; planned
 // for N rows, the most that one can have.
-// Predicted: forward 6NC + 14RC + 12RF + 6ECF bytes and 6RCF operations, backward 14NC + 26RC + 22RF + 18ECF and 12RCF.
+// Predicted: forward 6NC + 14RC + 12RF + 6ECF bytes and 6RCF operations, backward 14NC + 26RC + 22RF + 12ECF and 12RCF.
 // That is rung 2's and 4RC more each way, and is not what will be measured. 5 launches an expert forward and 9 backward,
 // none of which begins before the counts have come, take a few microseconds each (with 128 experts milliseconds), and a
 // product of an expert's few rows leaves most of the chip idle. (Some traffic is cheaper than counted: what an expert of
@@ -81,12 +81,19 @@ inline void backward_experts(Device& dev, const std::vector<int32_t>* offsets_on
   const std::vector<int32_t>& first = *offsets_on_host;
   // The gradient of expert e's weight, `size` elements each.
   auto of_expert = [](const Grad<Device>& g, int64_t e, int64_t size) {
-    return Grad<Device>{static_cast<char*>(g.data) + e * size * int64_t(g.wide ? sizeof(float) : sizeof(bf16)), g.wide};
+    return Grad<Device>{static_cast<char*>(g.data) + e * size * int64_t(g.wide ? sizeof(float) : sizeof(bf16)), g.wide,
+                        g.add};
+  };
+  auto no_rows = [&](const Grad<Device>& g, int64_t e, int64_t size) {
+    if (!g.add) dev.zero(of_expert(g, e, size).data, size_t(size) * (g.wide ? sizeof(float) : sizeof(bf16)));
   };
   dev.zero(dinput, size_t(s.R / s.K * C) * sizeof(bf16));
   for (int64_t e = 0; e < s.E; ++e) {
     const int64_t r = first[e], n = first[e + 1] - r;
-    if (n == 0) continue;
+    if (n == 0) {
+      no_rows(dw13, e, 2 * F * C), no_rows(dw2, e, C * F);
+      continue;
+    }
     const bf16 *w13_e = w13 + e * 2 * F * C, *w2_e = w2 + e * C * F;
     gather_rows(dev, dy, dout, counts + e, row_slot + r, n, s.K, C);
     dot_rows(dev, dgates, dy, y + r * C, counts + e, row_slot + r, n, 0, 0, C);
@@ -153,9 +160,9 @@ inline Steps backward_steps(const Letters& l) {
           pass(4 * l.RC),                                       // <dout, Y>
           pass(4 * l.RC),                                       // times gate
           product(2 * l.RCF, 2 * l.RC + 2 * l.ECF + 2 * l.RF),  // dA
-          product(2 * l.RCF, 2 * l.RC + 2 * l.RF + 4 * l.ECF),  // dW2
+          product(2 * l.RCF, 2 * l.RC + 2 * l.RF + 2 * l.ECF),  // dW2
           pass(10 * l.RF),                                      // SwiGLU backward
-          product(4 * l.RCF, 4 * l.RF + 2 * l.RC + 8 * l.ECF),  // dW13
+          product(4 * l.RCF, 4 * l.RF + 2 * l.RC + 4 * l.ECF),  // dW13
           product(4 * l.RCF, 4 * l.RF + 4 * l.ECF + 2 * l.RC),  // dX
           pass(6 * l.RC),                                       // add to tokens
           router_backward_pass(l),

@@ -5,7 +5,7 @@
 // to A, two passes over rows of width F instead of one over width C, before the activation's backward and before dW2.
 //
 // Kept: x, H, A, Y: 2NC + 2RC + 6RF bytes, a gathered x less than rung 2.
-// Predicted: forward 6NC + 6RC + 12RF + 6ECF bytes, backward 10NC + 14RC + 30RF + 18ECF; operations as before. The passes
+// Predicted: forward 6NC + 6RC + 12RF + 6ECF bytes, backward 10NC + 14RC + 30RF + 12ECF; operations as before. The passes
 // between products are 2RC + 6RF forward and 6RC + 18RF backward: with backward 12RC less and 8RF more than rung 2. Faster
 // where F < 3C/2; where experts are wider than that (gpt124-8x2: F = 8C/3), slower, until rung 4 puts the gate into the
 // epilogue. The memory is saved at once.
@@ -32,14 +32,16 @@ struct PortableRows : grouped::Rows<Shape, b_down> {
 };
 
 // out (R,OC) = in[token(r)] W[e]^T, W (E,OC,IC); transposed: out (R,OC) = in[token(r)] W[e], W (E,IC,OC). Tiles are those
-// that rung 2's products take at the same IC.
+// that rung 2's products take.
 template <bool transposed>
 void tokens_times(Device& dev, bf16* out, const bf16* in, const bf16* w, const int32_t* offsets,
                   const int32_t* row_slot, ExpertShape s, int64_t IC, int64_t OC) {
   const grouped::Operands o{in, w, offsets, row_slot, grouped::Divisor(s.K), int(s.E), 0, int(OC), int(IC)};
   if (dev.portable || !hopper::usable(dev, s))
     return portable::run(dev, PortableRows<portable::TileShape<128, 256, 1>, transposed>{{o, out}});
-  if (IC > (transposed ? 1024 : 2048)) return hopper::run(dev, HopperRows<hopper::Wide, transposed>{{{o, out}}}, s);
+  const ExpertShape as_down{s.R, s.K, s.E, OC, IC}, as_up_input{s.R, s.K, s.E, OC, IC / 2};
+  if ((transposed ? hopper::up_input_tile(as_up_input) : hopper::down_tile(as_down)) == hopper::wide)
+    return hopper::run(dev, HopperRows<hopper::Wide, transposed>{{{o, out}}}, s);
   hopper::run(dev, HopperRows<hopper::Medium, transposed>{{{o, out}}}, s);
 }
 
@@ -89,9 +91,9 @@ inline Steps backward_steps(const Letters& l) {
           product(2 * l.RCF, 2 * l.RC + 2 * l.ECF + 2 * l.RF),  // dA'
           pass(4 * l.RF),                                       // times gate
           pass(4 * l.RF),                                       // A times gate
-          product(2 * l.RCF, 2 * l.RC + 2 * l.RF + 4 * l.ECF),  // dW2
+          product(2 * l.RCF, 2 * l.RC + 2 * l.RF + 2 * l.ECF),  // dW2
           pass(10 * l.RF),                                      // SwiGLU backward
-          product(4 * l.RCF, 4 * l.RF + 2 * l.RC + 8 * l.ECF),  // dW13
+          product(4 * l.RCF, 4 * l.RF + 2 * l.RC + 4 * l.ECF),  // dW13
           product(4 * l.RCF, 4 * l.RF + 4 * l.ECF + 2 * l.RC),  // dX
           router_backward_pass(l),
           combine_pass(l)};

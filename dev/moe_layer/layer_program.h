@@ -1,7 +1,8 @@
 // One MoE layer as a program of its own, planned and run as model.h does it: router, routing plan, experts, combine, and
-// backward; softmax gates renormalised over the chosen, balance loss on, expert gradients as narrow as the weights.
-// Written over the device, so that the CPU can be asked for the same layer. A rung of the ladder (rungs.cuh) takes the
-// place of MoeLayer's two passes and shares all the rest.
+// backward; softmax gates renormalised over the chosen, balance loss on. Expert gradients are as narrow as the weights, and
+// written, not added to (llmc/gradient.h), as where a step has one micro-batch. forward_only is a pass without gradients:
+// production makes no H there. All is over the device, so that the CPU can be asked for the same layer. A rung of the
+// ladder (rungs.cuh) takes the place of MoeLayer's two passes and shares all the rest.
 #pragma once
 #include <memory>
 #include <vector>
@@ -65,6 +66,7 @@ struct LayerProgram {
     dwg.wide = plan.persistent<Acc>("dwg", {E, C}, Category::gradients);
     dw13.narrow = plan.persistent<Real>("dw13", {E * 2 * F, C}, Category::gradients);
     dw2.narrow = plan.persistent<Real>("dw2", {E * C, F}, Category::gradients);
+    dw13.add = dw2.add = false;
     plan.set_place(0, "around");  // what the network around the layer hands in
     residual = plan.persistent<Real>("residual stream", {T, C}, Category::workspace);
     dout = plan.persistent<Real>("dout", {T, C}, Category::workspace);

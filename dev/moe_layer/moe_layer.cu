@@ -1,4 +1,6 @@
 // A whole MoE layer, router included: forward, and forward with backward, with the memory that its plan keeps and shares.
+// Forward alone is the pass without gradients, as in evaluation: the model's layer does not write H then (the rungs with
+// a file do). With backward it is the pass of training, in a step of one micro-batch: expert gradients are written.
 // Operations counted: 6*T*K*d*n forward (the experts' three products), 18*T*K*d*n with backward.
 //
 // Rungs 01 to 04 are a file each. 05_gate_gradient, production and 07_only_x are the model's own layer (moe/layer.h) under
@@ -58,8 +60,9 @@ struct Row {
   std::string name, impl;
   KeptBytes kept;
   LayerSettings settings = {};
-  const Rung<Gpu<bf16>>* rung = nullptr;  // null: the model's layer, with these settings
-  Steps (*forward_steps)(const Letters&) = nullptr;
+  const Rung<Gpu<bf16>>* rung = nullptr;                      // null: the model's layer, with these settings
+  Steps (*forward_steps)(const Letters&) = nullptr;           // alone
+  Steps (*training_forward_steps)(const Letters&) = nullptr;  // before backward
   Steps (*backward_steps)(const Letters&) = nullptr;
   bool same_bits = false;                         // as production
   bool own_function = false;                      // another result than production's
@@ -67,7 +70,12 @@ struct Row {
   const std::vector<int32_t>* choices = nullptr;  // to replay
 };
 
-// The model's layer: rung 4 without the pass over Y; forward the same.
+// The model's layer: forward rung 4, without H where nobody will read it; backward rung 4 without the pass over Y.
+Steps steps_without_h(const Letters& l) {
+  Steps steps = fused_activation::forward_steps(l);
+  steps[1].bytes -= 4 * l.RF;
+  return steps;
+}
 Steps backward_steps(const Letters& l) {
   Steps steps = fused_activation::backward_steps(l);
   steps.erase(steps.begin());
@@ -86,9 +94,11 @@ std::vector<Row> ladder_rows() {
       {"production", "ours", {0, 4}},     rung("01_loop_over_experts", {4, 6}), rung("02_materialized", {4, 6}),
       rung("03_gather_in_loads", {2, 6}), rung("04_fused_activation", {2, 6}),  rung("05_gate_gradient", {0, 6}),
       rung("07_only_x", {0, 0})};
-  for (Row& row : rows) row.forward_steps = fused_activation::forward_steps, row.backward_steps = backward_steps;
+  for (Row& row : rows)
+    row.forward_steps = steps_without_h, row.training_forward_steps = fused_activation::forward_steps,
+    row.backward_steps = backward_steps;
   auto own_passes = [](Row& row, const Rung<Gpu<bf16>>& passes, auto forward, auto backward) {
-    row.rung = &passes, row.forward_steps = forward, row.backward_steps = backward;
+    row.rung = &passes, row.forward_steps = row.training_forward_steps = forward, row.backward_steps = backward;
   };
   own_passes(rows[1], loop_over_experts::rung, loop_over_experts::forward_steps, loop_over_experts::backward_steps);
   own_passes(rows[2], materialized::rung, materialized::forward_steps, materialized::backward_steps);
@@ -96,6 +106,7 @@ std::vector<Row> ladder_rows() {
   own_passes(rows[4], fused_activation::rung, fused_activation::forward_steps, fused_activation::backward_steps);
   rows[5].settings.policy = Recompute::none, rows[5].same_bits = true;
   rows[6].settings.policy = Recompute::up, rows[6].same_bits = true, rows[6].backward_steps = backward_steps_of_up;
+  rows[6].training_forward_steps = steps_without_h;
   return rows;
 }
 bool is_ladder_shape(const std::string& shape) {
@@ -166,8 +177,10 @@ std::unique_ptr<GpuLayer> make_layer(Lab& lab, const MoeShape& shape, const Row&
   for (auto* w : {&layer.wg, &layer.w13, &layer.w2}) fill_normal(lab.dev, w->data(), w->size(), 0.02, 0, ++stream);
   return made;
 }
-void zero_gradients(GpuLayer& layer) {
-  for (const auto* g : {&layer.dwg, &layer.dw13, &layer.dw2}) layer.dev.zero(g->tensor()->data, g->tensor()->bytes);
+// Zeros, where gradients are added to; NaN where they are written.
+void clear_gradients(GpuLayer& layer) {
+  for (const auto* g : {&layer.dwg, &layer.dw13, &layer.dw2})
+    layer.dev.fill_byte(g->tensor()->data, g->add ? 0 : 0xFF, g->tensor()->bytes);
 }
 
 // Runs both programs and shows each result, with its number, before anything overwrites it. Whether all are accepted.
@@ -182,7 +195,7 @@ bool run_both(GpuLayer& layer, const std::function<bool(size_t, const Output&)>&
   layer.poison();
   layer.run(GpuLayer::forward_only);
   show("out", layer.out.data(), layer.out.size());
-  zero_gradients(layer), layer.poison();
+  clear_gradients(layer), layer.poison();
   layer.run(GpuLayer::forward_backward);
   show("dx", layer.dinput.data(), layer.dinput.size());
   show("dWg", layer.dwg.wide.data(), layer.dwg.wide.size());
@@ -318,8 +331,8 @@ void report(Lab& lab, const GpuLayer& layer, const Row& row, const Times& t, con
   r.set("tokens_per_s", double(s.T) / t.both.median * 1e3).set("peak_GiB", double(arena) / MiB / 1024);
   if (row.forward_steps) {
     const Letters letters(s);
-    Steps steps = row.forward_steps(letters);
-    const Prediction forward = predict(lab, steps);
+    const Prediction forward = predict(lab, row.forward_steps(letters));
+    Steps steps = row.training_forward_steps(letters);
     const Steps backward = row.backward_steps(letters);
     steps.insert(steps.end(), backward.begin(), backward.end());
     const Prediction both = predict(lab, steps);

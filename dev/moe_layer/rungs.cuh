@@ -28,8 +28,8 @@ struct Letters {
 
 // A pass of the layer is kernels one after another, each bound by the tensor cores or by memory, so floors add up. Bytes:
 // every tensor that a kernel reads or writes counts once, tokens that are read through row_slot once for each row (they
-// are too many for the L2 cache to hold until the next expert asks for the same one), a gradient twice (it is added to).
-// The router's own operations, 14 N C E in all, are left out.
+// are too many for the L2 cache to hold until the next expert asks for the same one). The router's own operations, 14 N C E
+// in all, are left out.
 using Steps = std::vector<bench::Work>;
 inline bench::Work pass(double bytes) { return {0, bytes}; }
 inline bench::Work product(double flops, double bytes) { return {flops, bytes}; }

@@ -283,6 +283,26 @@ void expect_rounded_once(int64_t n, const Run& run, bool onto_zeros = false) {
   });
 }
 
+// `run(buffers, gradient)` told to write n elements over NaN leaves what adding to zeros does, up to the sign of a zero.
+template <class Real, class Run>
+void expect_written(int64_t n, const Run& run) {
+  for_each_kernel_choice(gpu<Real>(), [&] {
+    for (bool wide : {true, false}) {
+      auto left = [&](bool add) {
+        Buffers<Gpu<Real>> b(gpu<Real>());
+        const size_t bytes = size_t(n) * (wide ? sizeof(float) : sizeof(Real));
+        const Grad<Gpu<Real>> g{b.scratch(bytes), wide, add};
+        if (add) b.dev.zero(g.data, bytes);
+        run(b, g);
+        return wide ? converted<double>(b.read(static_cast<float*>(g.data)))
+                    : converted<double>(b.read(static_cast<Real*>(g.data)));
+      };
+      const auto written = left(false), sum = left(true);
+      EXPECT_TRUE(written == sum) << (wide ? "wide, " : "narrow, ") << relative_error(written, sum);
+    }
+  });
+}
+
 // ---- routings, for the ops of the MoE layer
 
 struct Routing {

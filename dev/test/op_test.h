@@ -163,6 +163,19 @@ void expect_accumulates(int64_t n, const std::function<void(Grad<Cpu<Real>>)>& r
   EXPECT_TRUE(bits_of(narrow) == bits_of(narrow_sum)) << "storage type: " << relative_error(narrow, narrow_sum);
 }
 
+// `run` told to write a parameter gradient of n elements over NaN leaves what adding to zeros does, up to the sign of a
+// zero, in the type of sums and in the storage type.
+template <class Real>
+void expect_writes(int64_t n, const std::function<void(Grad<Cpu<Real>>)>& run) {
+  auto check = [&]<class T>(std::vector<T> written, bool wide) {
+    std::vector<T> sum(n, from_double<T>(0));
+    run({sum.data(), wide, true}), run({written.data(), wide, false});
+    EXPECT_TRUE(converted<double>(written) == converted<double>(sum))  // NaN is equal to nothing
+        << (wide ? "type of sums: " : "storage type: ") << relative_error(written, sum);
+  };
+  check(poisoned<typename Cpu<Real>::Acc>(n), true), check(poisoned<Real>(n), false);
+}
+
 // `run` returns the bits of all it computed; they must not depend on the number of threads.
 inline void expect_same_bits_on_any_threads(const std::function<std::string()>& run) {
   int before = omp_get_max_threads();

@@ -19,8 +19,10 @@ struct Case {
 const Case kSmall{5, 2, 3, 6, 8, 0}, kDropping{9, 3, 4, 5, 8, 4};
 // More than one tile of 256 rows and 128 weight rows, none of them full; expert 2 has no rows, 4 has one.
 const Case kLarge{290, 2, 5, 133, 72, 0}, kLargeDropping{290, 2, 5, 133, 72, 261};
+const Case kAllOnOne{270, 1, 7, 20, 16, 0}, kOneExpert{3, 1, 1, 5, 8, 0};
 
-// Distinct experts for each token. For E = 5 they are those that kLarge wants: nearly all slots on 0 and 1.
+// Distinct experts for each token. For E = 5 they are those that kLarge wants: nearly all slots on 0 and 1. For E = 7
+// the first is 3.
 std::vector<int32_t> routing(const Case& c) {
   std::vector<int32_t> index;
   for (int64_t t = 0; t < c.N; ++t) {
@@ -28,7 +30,7 @@ std::vector<int32_t> routing(const Case& c) {
       int32_t best = t == 77 ? 4 : t % 9 == 5 ? 3 : t % 9 == 7 ? 1 : 0;
       index.insert(index.end(), {best, best == 0 || best == 4 ? 1 : 0});
     } else {
-      int64_t best = int64_t(random_bits(5, 0, t) % uint64_t(c.E));
+      int64_t best = c.E == 7 ? 3 : int64_t(random_bits(5, 0, t) % uint64_t(c.E));
       for (int64_t k = 0; k < c.K; ++k) index.push_back(int32_t((best + k) % c.E));
     }
   }
@@ -205,6 +207,33 @@ TYPED_TEST(Experts, WeightGradientsAreRoundedOnce) {
       expect_accumulates<Real>(c.E * 2 * c.F * c.C, [&](Grad<Cpu<Real>> g) { t.up_weight(g, m); });
     }
   }
+}
+
+TYPED_TEST(Experts, WrittenWeightGradientsAreThoseAddedToZeros) {
+  using Real = TypeParam;
+  for (const Case& c : {kSmall, kDropping, kLarge, kLargeDropping, kAllOnOne, kOneExpert})
+    for (bool plain : {false, true}) {
+      Chain<Real> t(c, plain);
+      t.run();
+      for (bool m : {false, true}) {
+        expect_writes<Real>(c.E * c.C * c.F, [&](Grad<Cpu<Real>> g) { t.down_weight(g, m); });
+        expect_writes<Real>(c.E * 2 * c.F * c.C, [&](Grad<Cpu<Real>> g) { t.up_weight(g, m); });
+      }
+    }
+}
+
+TYPED_TEST(Experts, ActivationsHaveTheSameBitsWhereHIsNotWanted) {
+  using Real = TypeParam;
+  for (const Case& c : {kSmall, kDropping, kLarge, kLargeDropping, kAllOnOne})
+    for (bool plain : {false, true})
+      for (bool m : {false, true}) {
+        Chain<Real> t(c, plain);
+        t.up(m);
+        auto alone = poisoned<Real>(t.a.size());
+        experts_up(t.dev, nullptr, alone.data(), t.scratch(), (m ? t.x_rows : t.x).data(), t.w13.data(),
+                   t.offsets.data(), t.slots(m), t.s);
+        EXPECT_TRUE(bits_of(alone) == bits_of(t.a)) << c.N << " tokens, plain " << plain << ", materialised " << m;
+      }
 }
 
 TYPED_TEST(Experts, MaterialisedAndKeptActivationsGiveTheSameBits) {

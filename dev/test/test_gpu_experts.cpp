@@ -178,6 +178,43 @@ void check_modes(const std::vector<Case>& all) {
 TYPED_TEST(GpuExperts, MaterialisedAndKeptActivationsGiveTheSameBitsSmall) { check_modes<TypeParam>(small_cases()); }
 TYPED_TEST(GpuExperts, MaterialisedAndKeptActivationsGiveTheSameBits) { check_modes<TypeParam>(cases()); }
 
+// The weight gradients written over NaN, and A where H is not wanted.
+template <class Real>
+void check_writing(const std::vector<Case>& all) {
+  using D = Gpu<Real>;
+  for (const Case& c : all) {
+    SCOPED_TRACE(c.text());
+    const auto& [name, N, K, E, index] = c.routing;
+    const ExpertShape s{N * K, K, E, c.C, c.F};
+    const int64_t C = c.C, F = c.F;
+    HostPlan plan(c.routing, c.capacity);
+    Inputs in = some_inputs(c, plan);
+    expect_written<Real>(E * C * F, [&](auto& b, Grad<D> g) {
+      experts_down_backward_weight(b.dev, g, b.scratch(experts_scratch_bytes<D>(s)), b.real(in.dout),
+                                   b.real("a_scaled", s.R * F), b.upload(plan.offsets), b.upload(plan.row_slot), s);
+    });
+    expect_written<Real>(E * 2 * F * C, [&](auto& b, Grad<D> g) {
+      experts_up_backward_weight(b.dev, g, b.scratch(experts_scratch_bytes<D>(s)), b.real("dh", s.R * 2 * F),
+                                 b.real(in.x), b.upload(plan.offsets), b.upload(plan.row_slot), s);
+    });
+    for_each_kernel_choice(gpu<Real>(), [&] {
+      auto activations = [&](bool with_h) {
+        return outputs_of(gpu<Real>(), [&](auto& b) {
+          auto* h = with_h ? static_cast<Real*>(b.scratch(size_t(s.R * 2 * F) * sizeof(Real))) : nullptr;
+          experts_up(b.dev, h, b.out("a", s.R * F, Output::stored, plan.rows() * F),
+                     b.scratch(experts_scratch_bytes<D>(s)), b.real(in.x), b.real(in.w13), b.upload(plan.offsets),
+                     b.upload(plan.row_slot), s);
+        });
+      };
+      auto alone = activations(false);
+      EXPECT_TRUE(bits_of(alone) == bits_of(activations(true))) << "A without H";
+      for (const Output& o : alone) EXPECT_TRUE(o.rest_untouched) << o.name;
+    });
+  }
+}
+TYPED_TEST(GpuExperts, WrittenGradientsAndActivationsAloneSmall) { check_writing<TypeParam>(small_cases()); }
+TYPED_TEST(GpuExperts, WrittenGradientsAndActivationsAlone) { check_writing<TypeParam>(cases()); }
+
 // Every tile that Hopper's kernels come in, at widths that end within tiles.
 struct HopperTile : GpuTest, testing::WithParamInterface<int> {
   void check(const std::vector<Case>& all) {
@@ -189,6 +226,7 @@ struct HopperTile : GpuTest, testing::WithParamInterface<int> {
     SCOPED_TRACE(hopper::tile_names[GetParam()]);
     dev.expert_tile = GetParam();
     check_experts<bf16>(all);
+    check_writing<bf16>(all);
     dev.expert_tile = -1;
   }
 };

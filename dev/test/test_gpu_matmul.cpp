@@ -78,6 +78,23 @@ TEST_F(Gpu16, MatmulGradientIsRoundedOnceSmall) {
         true);
 }
 
+template <class Real>
+void check_written(const std::vector<Sizes>& all) {
+  for (Sizes s : all) {
+    SCOPED_TRACE(std::to_string(s.N) + " " + std::to_string(s.IC) + " " + std::to_string(s.OC));
+    expect_written<Real>(s.OC * s.IC, [&](auto& b, Grad<Gpu<Real>> g) {
+      matmul_backward_weight(b.dev, g, b.scratch(matmul_scratch_bytes<Gpu<Real>>(s.N, s.IC, s.OC)),
+                             b.real("dout", s.N * s.OC), b.real("x", s.N * s.IC), s.N, s.IC, s.OC);
+    });
+  }
+}
+TYPED_TEST(GpuMatmul, AWrittenGradientIsTheOneAddedToZerosSmall) {
+  check_written<TypeParam>({{1, 1, 1}, {3, 5, 7}, {70, 8, 16}, {37, 37, 37}});
+}
+TYPED_TEST(GpuMatmul, AWrittenGradientIsTheOneAddedToZeros) {
+  check_written<TypeParam>({{70, 37, 50}, {257, 96, 130}, {128, 512, 256}, {2051, 3, 5}, {4100, 64, 72}});
+}
+
 // ---- cross-entropy
 
 std::vector<int32_t> some_targets(int64_t N, int64_t V) {

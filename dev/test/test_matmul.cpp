@@ -96,6 +96,19 @@ TYPED_TEST(Matmul, WeightGradientIsRoundedOnce) {
   }
 }
 
+TYPED_TEST(Matmul, AWrittenWeightGradientIsTheOneAddedToZeros) {
+  using Real = TypeParam;
+  for (Sizes s : kSizes)
+    for (bool plain : {false, true}) {
+      auto x = random_tensor<Real>("x", s.N * s.IC), dout = random_tensor<Real>("dout", s.N * s.OC);
+      expect_writes<Real>(s.OC * s.IC, [&](Grad<Cpu<Real>> g) {
+        Cpu<Real> dev{.plain_matmul = plain};
+        Scratch scratch(Products<Real>::bytes(s));
+        matmul_backward_weight(dev, g, scratch, dout.data(), x.data(), s.N, s.IC, s.OC);
+      });
+    }
+}
+
 TYPED_TEST(Matmul, BitsDoNotDependOnTheNumberOfThreads) {
   using Real = TypeParam;
   for (bool plain : {false, true})
