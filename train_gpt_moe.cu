@@ -359,7 +359,7 @@ void train_main(Options o, Device& dev) {
   std::string source = o.resume ? find_latest(o.out) : o.init_from, model_type;
   ModelFileInfo info;
   if (!source.empty()) o.model = model_of(source, o, info, model_type);
-  check_limits<Device>(o.model);
+  check_limits<Device>(o.model, o.batch_size, o.seq_len);
   RunOptions run = run_options(o);
   choose_policies(dev, o, run);
   if (o.memory_report || o.dry_run) print_report(dev, o, run);
@@ -377,7 +377,7 @@ std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, Model
                                             int64_t decode_positions) {
   std::string model_type;
   ModelConfig config = model_of(o.checkpoint, o, info, model_type);
-  check_limits<Device>(config);
+  check_limits<Device>(config, 1, 1);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
   run.decode_positions = decode_positions ? decode_positions

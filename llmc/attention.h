@@ -4,7 +4,7 @@
 #pragma once
 #include "llmc/rope.h"
 
-// o (N, NH*HD)
+// o (N, NH*HD). Both passes take a scratch of attention_scratch_bytes().
 //   saved  lse (N, NH) Acc: log of the sum of exp(scores)
 //   in     qk (N, (NH+NKV)*HD) rotated queries and keys; qkv (N, (NH+2*NKV)*HD), of which only the values are read
 template <class Device>

@@ -24,7 +24,7 @@ class GpuBase {
   static constexpr int64_t classifier_bytes = int64_t(448) << 20;  // logits at a time: products large enough to be fast
 
   bool plain_matmul = false;  // dense products by our own plain kernel instead of cuBLASLt
-  bool portable = false;      // the kernels for every GPU even where this one has special ones
+  bool portable = false;      // the simplest kernels on tensor cores: none for Hopper alone, the router in several
   int expert_tile = -1;       // to measure: this tile for Hopper's expert products (experts_hopper_kernels.h), if >= 0
   DeviceStatus* status = nullptr;
   int layer = -1;

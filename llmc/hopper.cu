@@ -39,8 +39,9 @@ TensorMap tensor_map(const bf16* data, int64_t batches, int64_t rows, int64_t wi
              CU_TENSOR_MAP_INTERLEAVE_NONE, box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
-    fail("CUDA: cuTensorMapEncodeTiled refused a tensor of ", batches, " x ", rows, " x ", width, " bf16 (error ",
-         int(result), ")");
+    fail("CUDA: cuTensorMapEncodeTiled refused a tensor of ", batches, " x ", rows, " x ", width, " bf16 at ",
+         static_cast<const void*>(data), " (error ", int(result),
+         "): it takes 16-byte aligned data, rows of whole 16 bytes");
   return map;
 }
 

@@ -160,7 +160,7 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_flag("--no-graphs", o.no_graphs, "cuda: launch op by op instead of replaying captured graphs (same bits)");
   app.add_option(
       "--experts", o.experts,
-      "cuda: kernels of the expert products and of attention: auto, hopper, or portable (every GPU since Ampere)");
+      "cuda: kernels of the expert products: auto, hopper, or portable (every GPU since Ampere; attention's too)");
   return declared;
 }
 

@@ -29,7 +29,7 @@ void scores(Acc* p, const Acc* s, Acc lse, const RouterShape& shape) {
     for (int64_t e = 0; e < shape.E; ++e) p[e] = sigmoid_of(s[e]);
 }
 
-// The K best of key (E), best first; ties, and NaN, go to the lowest free index.
+// The K best of key (E), best first; ties go to the lowest free index; NaN comes after every number.
 template <class Acc>
 void top_k(int32_t* index, const Acc* key, int64_t E, int64_t K) {
   for (int64_t k = 0; k < K; ++k) {
@@ -37,7 +37,7 @@ void top_k(int32_t* index, const Acc* key, int64_t E, int64_t K) {
     for (int64_t e = 0; e < E; ++e) {
       bool used = false;
       for (int64_t j = 0; j < k; ++j) used |= index[j] == e;
-      if (!used && (best < 0 || key[e] > key[best])) best = e;
+      if (!used && (best < 0 || key[e] > key[best] || (std::isnan(key[best]) && !std::isnan(key[e])))) best = e;
     }
     index[k] = int32_t(best);
   }

@@ -172,6 +172,7 @@ void with_layout(const RouterShape& shape, F f) {
   with_expert_shape(shape, [&]<int LANES, int V>() {
     if constexpr (LANES * V <= most_experts) {
       using L = router_fused::Layout<LANES, V>;
+      static_assert(L::tokens >= block_tokens);  // which Scratch counts with
       f.template operator()<L>(statistics_grid(shape, L::tokens));
     }
   });

@@ -4,7 +4,7 @@
 //   softmax: p = softmax(s), top-k of p; gate = p / sum of the chosen p (norm_topk_prob), or p itself.
 //   sigmoid: p = sigmoid(s), top-k of p + b (b: selection bias, DeepSeek-V3 eq. 16); gate = route_scale * p, divided by
 //            (sum of the chosen p + 1e-20) with norm_topk_prob.
-// Ties go to the lower index. No gradient flows through the choice, through b, or through f below. (N,E) is never kept:
+// Ties go to the lower index; NaN comes after every number. K <= E. No gradient flows through the choice, through b, or through f below. (N,E) is never kept:
 // the backward pass computes s again.
 //
 // Balance loss (Fedus et al. 2021, eq. 4-6, generalised to K choices): over a group of tokens, f_e = selections of e /

@@ -86,7 +86,7 @@ size_t budget_of(Device& dev, const Options& o) {
 
 // What the kernels of this device cannot do, said before anything is allocated.
 template <class Device>
-void check_limits(const ModelConfig& c) {
+void check_limits(const ModelConfig& c, int64_t B, int64_t T) {
   if constexpr (std::is_base_of_v<GpuBase, Device>) {
     constexpr bool tensor_cores = std::is_same_v<typename Device::Real, bf16>;
     const int64_t sizes[] = {16, 32, 64, 96, 128};
@@ -95,6 +95,11 @@ void check_limits(const ModelConfig& c) {
            ": attention in bf16 on the GPU takes 16, 32, 64, 96 or 128; --dtype fp32 takes any");
     int64_t width = c.d_model % (tensor_cores ? 8 : 4) ? 1024 : tensor_cores ? 8192 : 4096;
     if (c.d_model > width) fail("--d-model ", c.d_model, ": norms on the GPU take rows of at most ", width);
+    const RouterShape router = c.router(B, T);
+    if (router.N / router.G > 65535 * 64)
+      fail("--batch-size ", B, " x --seq-len ", T, ": at most ", 65535 * 64,
+           " tokens of a micro-batch share balance statistics on the GPU; take a smaller batch, or --balance-scope "
+           "sequence");
   }
 }
 

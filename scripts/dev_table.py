@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the tables of results in the READMEs of dev/ from dev/results/*.jsonl. The table of a ladder stands between
 
-    <!-- table: FAMILY [shape=SHAPE] [also=SHAPE,SHAPE] [pass=fwd|bwd|fwdbwd] [unit=ms|us|rate] [relative=VARIANT] -->
+    <!-- table: FAMILY [shape=SHAPE] [also=SHAPE,SHAPE] [pass=fwd|bwd|fwdbwd] [unit=ms|us|rate] [relative=VARIANT]
+        [fields=KEY,KEY] -->
     <!-- end table -->
 
 and shows the newest run of that family that has rungs (variants that begin with a digit): a row a rung in their order, then
@@ -10,7 +11,8 @@ time was predicted, what time it took, the rate, how many times as fast as the r
 rung), and the speed in percent of VARIANT's (default: production's); at the other shapes (all, or those named by also=) the
 time, or with unit=rate the rate. Families that have a backward pass show both passes, unless pass= names one. A rung that
 this run left out comes with a star from the newest run before it that has it. A file FAMILY.svg beside the README
-(scripts/plot.py) is shown too.
+(scripts/plot.py) is shown too. With fields=KEY,KEY the table has no times: a column a shape, in it what the rows say under
+these keys (of bytes: in GB), divided by slashes.
 
 Between <!-- families --> and <!-- end families --> stands a row for every family in dev/.
 
@@ -29,7 +31,8 @@ END = "<!-- end table -->"
 FAMILIES, END_FAMILIES = "<!-- families -->", "<!-- end families -->"
 NOTHING = "not measured yet"
 PRODUCTION = "production"
-OPTIONS = {"shape": None, "also": None, "pass": ("fwd", "bwd", "fwdbwd"), "unit": ("ms", "us", "rate"), "relative": None}
+OPTIONS = {"shape": None, "also": None, "pass": ("fwd", "bwd", "fwdbwd"), "unit": ("ms", "us", "rate"), "relative": None,
+           "fields": None}
 KEYS = ("bench", "shape", "variant", "run_id", "gpu", "date")
 RATES = {"tflops": ("TFLOP/s", 1e9), "gflops": ("GFLOP/s", 1e6), "gbps": ("GB/s", 1e6)}  # unit, and what it is in a ms
 PASSES = {"": "", "fwd_": "forward", "bwd_": "backward", "fwdbwd_": "both passes"}  # how a row's keys begin
@@ -231,6 +234,26 @@ def table(rows, bench, options):
     return [*lines, "", f"{where}, {last['date']}, run {last['run_id']}: `dev/{bench}/{bench}`{star}"]
 
 
+def field_table(rows, bench, options):
+    """What rows say besides times: a row a rung, a column a shape."""
+    ladder = Ladder(rows, bench, options)
+    if not ladder.rows:
+        return [NOTHING]
+    keys = options["fields"].split(",")
+
+    def text(row, key):
+        found = number(row, key) if row else None
+        return "-" if found is None else f"{found * 1e-9:.1f}" if key.endswith("bytes") else f"{found:.0f}"
+
+    def cell(row):
+        texts = [text(row, key) for key in keys]
+        return "-" if set(texts) == {"-"} else " / ".join(texts)
+
+    variants = [v for v in ladder.variants if any(cell(ladder.rows.get((v, s))) != "-" for s in ladder.shapes)]
+    lines = ["| | " + " | ".join(ladder.shapes) + " |", "|---|" + "---:|" * len(ladder.shapes)]
+    return lines + ["| " + " | ".join([v, *(cell(ladder.rows.get((v, s))) for s in ladder.shapes)]) + " |" for v in variants]
+
+
 # ---- families ----
 
 
@@ -324,8 +347,9 @@ def with_tables(text, rows, path, dev):
         if end not in lines[at:]:
             fail(f"{path}: the table of {mark[1] if mark else 'families'} has no '{end}'")
         if mark:
-            made = table(rows, mark[1], parse_options(mark, path))
-            if made != [NOTHING] and (Path(path).parent / f"{mark[1]}.svg").is_file():
+            options = parse_options(mark, path)
+            made = (field_table if "fields" in options else table)(rows, mark[1], options)
+            if "fields" not in options and made != [NOTHING] and (Path(path).parent / f"{mark[1]}.svg").is_file():
                 made += ["", f"![{mark[1]}: the rungs beside their floor]({mark[1]}.svg)"]
         else:
             made = family_table(rows, dev)

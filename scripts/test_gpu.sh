@@ -75,6 +75,17 @@ PYTHON
     (timeout 900 "$sanitizer" --tool "$tool" --error-exitcode 9 "$@" >"$work/$tool.$name.log" 2>&1
       echo $? >"$work/$tool.$name.status") &
   }
+  results() {  # results TOOL NAME...: waits, and counts each
+    local tool=$1 name status
+    shift
+    wait
+    for name in "$@"; do
+      status=$(cat "$work/$tool.$name.status")
+      count "$tool $name (status $status)" "$status"
+      [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$name.log"
+    done
+    echo "$tool: done"
+  }
   train() {  # a short training run whose tensors are allocations of their own
     echo "$build/train_gpt_moe" --device cuda --preset tiny --batch-size 2 --seq-len 64 --max-new-tokens 8 --arena separate \
       --train-data "$work/tokens.bin" --val-data "$work/tokens.bin" --out "$work/$1" "${@:2}"
@@ -93,13 +104,7 @@ PYTHON
     [ $tool = racecheck ] && small=(--plain-matmul --n-layer 1 --d-model 32 --d-expert 16 --n-head 1 --n-kv-head 1 --steps 1 --sample-every 0)
     check train_bf16 $tool $(train "$tool.bf16" --recompute up "${small[@]}")
     check train_fp32 $tool $(train "$tool.fp32" --dtype fp32 --dispatch materialized "${small[@]}")
-    wait
-    for program in "${ops[@]}" train_bf16 train_fp32; do
-      status=$(cat "$work/$tool.$program.status")
-      count "$tool $program (status $status)" "$status"
-      [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$program.log"
-    done
-    echo "$tool: done"
+    results $tool "${ops[@]}" train_bf16 train_fp32
   done
 
   # Every rung at its reduced size. Two kernels that wait for each other (collectives) do not run under a checker.
@@ -117,13 +122,7 @@ PYTHON
       [ $tool$name = racecheckattention_backward ] && select=(all b4t1024h64,b8t4096h128)
       check "$name" $tool "$build/$name" "${select[@]}" --check-only
     done
-    wait
-    for name in "${ladders[@]}"; do
-      status=$(cat "$work/$tool.$name.status")
-      count "$tool dev/$name (status $status)" "$status"
-      [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$name.log"
-    done
-    echo "$tool of dev/: done"
+    results $tool "${ladders[@]}"
   done
 fi
 

@@ -39,7 +39,7 @@ Case make(Lab& lab, const ModelShape& s) {
 
   Case c;
   c.shape = s.name;
-  c.forward.bytes = double(n) * 28 + double(wide) * 2;
+  c.forward = {.bytes = double(n) * 28 + double(wide) * 2, .fp32_flops = double(n) * 20};
   float *master = lab.copy_of(p.master, n), *m = lab.copy_of(p.m, n), *v = lab.copy_of(p.v, n);
   c.prepare = [=, &dev] {
     size_t bytes = size_t(n) * sizeof(float);

@@ -5,28 +5,14 @@
 // Operations counted: five products of (T,HD) by (HD,T), half of each above the diagonal: 5 * B*NH * T*T*HD in all.
 //
 //   dev/attention_backward/attention_backward [variant] [shape]
-#include <algorithm>
-
 #include "dev/attention_backward/01_scores_matrix.cuh"
 #include "dev/attention_backward/02_recomputed.cuh"
 #include "dev/attention_backward/03_tensor_cores.cuh"
 #include "dev/attention_backward/04_pipelined.cuh"
-#include "dev/bench.h"
+#include "dev/attention_shapes.h"
 
 namespace {
 using namespace bench;
-
-struct Shape {
-  std::string name;
-  int64_t B, NH, NKV, T, HD;
-};
-const std::vector<Shape> shapes = {{"b4t1024h64", 4, 12, 12, 1024, 64},
-                                   {"b32t1024h64", 32, 12, 12, 1024, 64},
-                                   {"b8t4096h64", 8, 16, 16, 4096, 64},
-                                   {"b8t4096h128", 8, 16, 16, 4096, 128},
-                                   {"b4t8192h128", 4, 16, 16, 8192, 128}};
-// Two query heads a key head; 193, 385 or 641 tokens: odd, and no whole number of tiles.
-Shape reduced(Shape s) { return {s.name, 2, 4, 2, s.T / 16 + 129, s.HD}; }
 
 struct Rung {
   const char* name;
@@ -45,14 +31,7 @@ const Rung rungs[] = {
     {"03_tensor_cores", tensor_cores::attention_backward, tensor_cores::scratch_bytes, any_size, 7, 0, 0},
     {"04_pipelined", pipelined::attention_backward, attention_scratch_bytes<Gpu<bf16>>, any_size, 5, 0, 0}};
 
-// By its number, or a name that begins with it; not as one of all.
-bool is_asked_for(const Lab& lab, const Rung& rung) {
-  const auto& asked = lab.options.variants;
-  return std::any_of(asked.begin(), asked.end(),
-                     [&](const std::string& name) { return std::atoi(name.c_str()) == std::atoi(rung.name); });
-}
-
-Case make(Lab& lab, const Shape& s) {
+Case make(Lab& lab, const AttentionShape& s) {
   auto& dev = lab.dev;
   const HeadShape heads{s.NH, s.NKV, s.HD};
   const int64_t B = s.B, T = s.T, N = B * T;
@@ -74,7 +53,7 @@ Case make(Lab& lab, const Shape& s) {
   c.variants.push_back({"production", "ours",
                         [=, &dev] { attention_backward(dev, dqkv, scratch, dout, o, lse, qk, qkv, B, T, heads); }});
   for (const Rung& rung : rungs) {
-    if (c.forward.flops > rung.most_flops && !is_asked_for(lab, rung)) continue;
+    if (c.forward.flops > rung.most_flops && !is_asked_for(lab, rung.name)) continue;
     if (rung.backward == recomputed::attention_backward &&
         dev.shared_bytes_per_block < recomputed::shared_bytes(s.HD)) {
       std::printf("%s is left out at %s: a block needs more shared memory than this GPU has\n", rung.name,
@@ -104,4 +83,6 @@ Case make(Lab& lab, const Shape& s) {
 }
 }  // namespace
 
-int main(int argc, char** argv) { return run_family(argc, argv, "attention_backward", shapes, make, reduced); }
+int main(int argc, char** argv) {
+  return run_family(argc, argv, "attention_backward", attention_shapes, make, reduced_attention);
+}

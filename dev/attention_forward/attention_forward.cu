@@ -5,29 +5,15 @@
 // Operations counted: two products of (T,HD) by (HD,T), half of each above the diagonal: 2 * B*NH * T*T*HD in all.
 //
 //   dev/attention_forward/attention_forward [variant] [shape]
-#include <algorithm>
-
 #include "dev/attention_forward/01_scores_matrix.cuh"
 #include "dev/attention_forward/02_online_softmax.cuh"
 #include "dev/attention_forward/03_shared_tiles.cuh"
 #include "dev/attention_forward/04_tensor_cores.cuh"
 #include "dev/attention_forward/05_pipelined.cuh"
-#include "dev/bench.h"
+#include "dev/attention_shapes.h"
 
 namespace {
 using namespace bench;
-
-struct Shape {
-  std::string name;
-  int64_t B, NH, NKV, T, HD;
-};
-const std::vector<Shape> shapes = {{"b4t1024h64", 4, 12, 12, 1024, 64},
-                                   {"b32t1024h64", 32, 12, 12, 1024, 64},
-                                   {"b8t4096h64", 8, 16, 16, 4096, 64},
-                                   {"b8t4096h128", 8, 16, 16, 4096, 128},
-                                   {"b4t8192h128", 4, 16, 16, 8192, 128}};
-// Two query heads a key head; 193, 385 or 641 tokens: odd, and no whole number of tiles.
-Shape reduced(Shape s) { return {s.name, 2, 4, 2, s.T / 16 + 129, s.HD}; }
 
 struct Rung {
   const char* name;
@@ -43,14 +29,7 @@ const Rung rungs[] = {{"01_scores_matrix", scores_matrix::attention_forward, fal
                       {"04_tensor_cores", tensor_cores::attention_forward, true, any_size},
                       {"05_pipelined", pipelined::attention_forward, true, any_size}};
 
-// By its number, or a name that begins with it; not as one of all.
-bool is_asked_for(const Lab& lab, const Rung& rung) {
-  const auto& asked = lab.options.variants;
-  return std::any_of(asked.begin(), asked.end(),
-                     [&](const std::string& name) { return std::atoi(name.c_str()) == std::atoi(rung.name); });
-}
-
-Case make(Lab& lab, const Shape& s) {
+Case make(Lab& lab, const AttentionShape& s) {
   auto& dev = lab.dev;
   const HeadShape heads{s.NH, s.NKV, s.HD};
   const int64_t B = s.B, T = s.T, N = B * T;
@@ -68,7 +47,7 @@ Case make(Lab& lab, const Shape& s) {
   c.variants.push_back(
       {"production", "ours", [=, &dev] { attention_forward(dev, o, lse, scratch, qk, qkv, B, T, heads); }});
   for (const Rung& rung : rungs) {
-    if (c.forward.flops > rung.most_flops && !is_asked_for(lab, rung)) continue;
+    if (c.forward.flops > rung.most_flops && !is_asked_for(lab, rung.name)) continue;
     const bool first = rung.forward == scores_matrix::attention_forward;
     void* memory = first ? lab.memory<char>(int64_t(scores_matrix::scratch_bytes(B, T, heads))) : scratch;
     Variant v{rung.name, std::string("ours-") + rung.name,
@@ -89,4 +68,6 @@ Case make(Lab& lab, const Shape& s) {
 }
 }  // namespace
 
-int main(int argc, char** argv) { return run_family(argc, argv, "attention_forward", shapes, make, reduced); }
+int main(int argc, char** argv) {
+  return run_family(argc, argv, "attention_forward", attention_shapes, make, reduced_attention);
+}

@@ -50,14 +50,15 @@ Case make_cross_entropy(Lab& lab, const Shape& s) {
 
   Case c;
   c.shape = s.name;
-  c.forward.bytes = 2.0 * double(N * Vp) * sizeof(bf16);
+  const double operations = 8.0 * double(N * Vp);  // an exponential counted as one
+  c.forward = {.bytes = 2.0 * double(N * Vp) * sizeof(bf16), .fp32_flops = operations};
   c.prepare = [=, &dev] { dev.copy(logits, fresh, size_t(N * Vp) * sizeof(bf16)); };
   c.outputs = {output("losses", losses, N), output("dlogits", logits, N * Vp, 0, Before::input)};
   c.variants.push_back(
       {"production", "ours", [=, &dev] { cross_entropy(dev, losses, logits, targets, params, 0, N, V, Vp, true); }});
   Variant naive{"01_naive", "ours-01_naive",
                 [=, &dev] { naive::cross_entropy(dev, losses, logits, p, targets, params, N, V, Vp); }};
-  naive.forward_work.bytes = 12.0 * double(N * Vp);
+  naive.forward_work = {0, 12.0 * double(N * Vp), operations};
   c.variants.push_back(std::move(naive));
   c.variants.push_back({"02_online", "ours-02_online",
                         [=, &dev] { online::cross_entropy(dev, losses, logits, targets, params, N, V, Vp); }});

@@ -49,12 +49,13 @@ Case make_combine(Lab& lab, const Shape& shape) {
 
   Case c;
   c.shape = shape.name;
-  c.forward.bytes = c.backward.bytes = double((K + 2) * N * C) * sizeof(bf16);
+  const double additions = double(2 * K * N * C);
+  c.forward = c.backward = {.bytes = double((K + 2) * N * C) * sizeof(bf16), .fp32_flops = additions};
   c.outputs = {output("out", out, N * C), output("dx", dx, N * C, 1)};
   // bytes: of an element of out.
   auto add = [&](const char* name, std::string impl, int64_t bytes, std::function<void(bf16*, const float*)> run) {
     Variant v{name, std::move(impl), [=] { run(out, gates); }, [=] { run(dx, nullptr); }};
-    v.forward_work.bytes = v.backward_work.bytes = double(bytes * N * C);
+    v.forward_work = v.backward_work = {0, double(bytes * N * C), additions};
     c.variants.push_back(std::move(v));
   };
   const int64_t least = 2 * K + 4;
@@ -95,13 +96,14 @@ Case make_combine_norm(Lab& lab, const Shape& shape) {
 
   Case c;
   c.shape = shape.name;
-  c.forward.bytes = double((K + 3) * N * C) * sizeof(bf16);
+  const double operations = double((2 * K + 4) * N * C);
+  c.forward = {.bytes = double((K + 3) * N * C) * sizeof(bf16), .fp32_flops = operations};
   c.outputs = {output("sum", sum, N * C), output("out", out, N * C), output("rstd", rstd, N)};
   Variant production{"production", "ours", [=, &dev] {
                        combine(dev, sum, rows, addend, gates, slot_row, N, K, C);
                        rmsnorm_forward(dev, out, rstd, sum, weight, N, C, eps);
                      }};
-  production.forward_work.bytes = double((K + 4) * N * C) * sizeof(bf16);
+  production.forward_work = {0, double((K + 4) * N * C) * sizeof(bf16), operations};
   c.variants.push_back(production);
   c.variants.push_back({"05_fused_norm", "ours-05_fused_norm", [=, &dev] {
                           fused_norm::combine_and_norm(dev, sum, out, rstd, rows, addend, gates, slot_row, weight, N, K,

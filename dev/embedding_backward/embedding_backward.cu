@@ -54,7 +54,8 @@ Case make(Lab& lab, const Shape& s) {
   Case c;
   c.shape = s.name;
   auto distinct = double(std::set<int32_t>(ids.begin(), ids.end()).size());
-  c.forward.bytes = double(N * C) * sizeof(bf16) + 2 * distinct * double(C) * sizeof(float);
+  c.forward = {.bytes = double(N * C) * sizeof(bf16) + 2 * distinct * double(C) * sizeof(float),
+               .fp32_flops = double(N * C)};
   c.outputs = {output("dtable", dtable, V * C, 0, Before::gradient)};
   c.variants.push_back({"production", "ours", [=, &dev] {
                           Grad<Gpu<bf16>> gradient{dtable, true};

@@ -40,7 +40,7 @@ Case make(Lab& lab, const ModelShape& s) {
 
   Case c;
   c.shape = s.name;
-  c.forward.bytes = double(n - wide) * sizeof(bf16) + double(wide) * sizeof(float);
+  c.forward = {.bytes = double(n - wide) * sizeof(bf16) + double(wide) * sizeof(float), .fp32_flops = double(n) * 2};
   c.prepare = [=, &dev] { dev.copy(stats, fresh_stats, sizeof(StepStats)); };
   c.outputs = {output("norm", norm, 1), output("partials", partials, n_partials)};
   for (Output& o : c.outputs) o.error_limit = o.worst_limit = 1e-3;

@@ -4,8 +4,8 @@
 //
 // Predicted: a clock for each `lanes` multiply-adds, on one thread: M N K / lanes clocks. For every one the processor
 // loads a vector of the tile and a vector of C and stores one of C, and it stores one a clock. That is half of what the
-// FMA units could do. The row of C is wide (8 vectors of AVX-512) so that a vector that is stored is not needed again
-// before it can be read back, some 10 clocks later.
+// FMA units could do. The row of C is wide (8 vectors of AVX-512) so that a vector that is stored is needed again
+// only 8 stores later. The floor leaves out that reading it back, adding and storing takes longer than these 8 clocks.
 //
 // The tile without the transposition would change nothing: rung 1 does not wait for memory.
 #pragma once

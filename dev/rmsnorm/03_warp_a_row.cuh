@@ -1,12 +1,14 @@
 // Rung 3: a warp a row, 16 bytes at a time; and a weight gradient without atomics.
 //
 // Predicted, forward: no barriers, and a lane asks for 16 bytes with one instruction instead of 2. The second walk
-// comes from the L1 cache. 4NC bytes of global memory, and now near the floor.
+// comes from the L1 cache: 4NC bytes of global memory, and now near the floor. But only as long as the rows in work fit
+// into that cache: 64 warps of a multiprocessor have 128C bytes, 96 KB at C = 768 and all of it at C = 2048, where
+// memory is read again: 6NC.
 //
 // Backward, in three kernels: dx, a warp a row (6NC bytes); then partial sums of the weight's gradient over 64 rows, a
 // thread a column (it reads x and dout again: 4NC more); then the sum of the partial rows in their order. No addition
 // depends on who comes first, so the same bits come every time. It costs reading both tensors twice: 10NC bytes against
-// the 6NC of the floor, unless the L2 cache still holds them.
+// the 6NC of the floor, unless the L2 cache still holds them; 14NC where the second walk of dx misses the L1 cache.
 //
 // Sizes: C a multiple of 8.
 #pragma once

@@ -32,7 +32,8 @@ Shape reduced(Shape s) { return {s.name, 203, s.C, s.residual}; }
 constexpr double eps = 1e-6;
 
 Work moves(int64_t N, int64_t C, int tensors) {
-  return {.bytes = double(tensors) * double(N * C) * sizeof(bf16) + double(N) * sizeof(float)};
+  const double values = double(tensors) * double(N * C);  // two operations for each that is moved, about
+  return {.bytes = values * sizeof(bf16) + double(N) * sizeof(float), .fp32_flops = 2 * values};
 }
 
 Case make_norm(Lab& lab, const Shape& s) {

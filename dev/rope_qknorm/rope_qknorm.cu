@@ -51,7 +51,9 @@ Case make(Lab& lab, const Shape& s) {
   Case c;
   c.shape = s.name;
   const double part = double(N * heads.qk_width()) * sizeof(bf16), pairs = double(N * H * HD / 2);
-  c.forward.bytes = 2 * part, c.backward.bytes = (s.norm ? 3 : 2) * part;
+  // A rotation is six operations a pair; the norm adds four a value forward, eight backward.
+  c.forward = {.bytes = 2 * part, .fp32_flops = (s.norm ? 14 : 6) * pairs};
+  c.backward = {.bytes = (s.norm ? 3 : 2) * part, .fp32_flops = (s.norm ? 22 : 6) * pairs};
   c.prepare = [=, &dev] { dev.copy(dqkv, dqk, size_t(N * width) * sizeof(bf16)); };
   c.outputs = {output("qk", qk, N * heads.qk_width()), output("dqkv", dqkv, N * width, 1, Before::input)};
   if (s.norm)
@@ -75,7 +77,8 @@ Case make(Lab& lab, const Shape& s) {
       "02_table", "ours-02_table",
       [=, &dev] { table::forward(dev, qk, rstd, qkv, wq, wk, cosines_sines, positions, N, heads, eps); },
       [=, &dev] { table::backward(dev, dqkv, dwq, dwk, qkv, rstd, wq, wk, cosines_sines, positions, N, heads); }};
-  from_table.forward_work.bytes = (s.norm ? 4 : 2) * part, from_table.backward_work.bytes = (s.norm ? 5 : 2) * part;
+  from_table.forward_work = {0, (s.norm ? 4 : 2) * part, c.forward.fp32_flops};
+  from_table.backward_work = {0, (s.norm ? 5 : 2) * part, c.backward.fp32_flops};
   c.variants.push_back(from_table);
   c.variants.push_back(
       {"03_fused", "ours-03_fused",

@@ -1,7 +1,8 @@
 // Rung 3: the logits are a matrix product, and a library has a good one. Then a kernel in which a group of 8 to 32 lanes
 // holds the E scores of a token: softmax, top-k by maxima over the group, gates, and sums of the statistics in a fixed
-// order, a block's first. This is what production does where its fused kernels do not fit (fp32, more than 128 experts,
-// rows that are no whole 16-byte chunks), so this rung has no code: it is production with those kernels switched off.
+// order, a block's first. This is what production does where its fused kernels do not fit or are slower (fp32, more
+// than 32 experts forward or 128 backward, rows that are no whole 16-byte chunks), so this rung has no code: it is
+// production with those kernels switched off.
 //
 // Predicted, forward: x from DRAM once, N*C*2 bytes; the product's operations are nothing to tensor cores. The logits,
 // N*E*4 bytes, are written and read again, E / C of the bytes of x each; both stay in L2 where they are below some

@@ -75,12 +75,9 @@ Case make(Lab& lab, const Shape& shape) {
       library_backward{7 * product, 3 * matrix + small + logits + 2 * parts, 0};
 
   Variant production{"production", "ours", forward, backward};
-  if (E <= 128) {
-    production.forward_work = {product, matrix + small, 0};
-    production.backward_work = {6 * product, 3 * matrix + small + parts, 0};
-  } else {
-    production.forward_work = library_forward, production.backward_work = library_backward;
-  }
+  // With many experts production takes the library's product too (moe/router.cu: most_forward, most_backward).
+  production.forward_work = E <= 32 ? Work{product, matrix + small, 0} : library_forward;
+  production.backward_work = E <= 128 ? Work{6 * product, 3 * matrix + small + parts, 0} : library_backward;
   c.variants.push_back(production);
 
   Variant thread{"01_thread_a_token", "ours-01_thread_a_token", [=, &dev] {

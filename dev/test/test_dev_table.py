@@ -70,6 +70,13 @@ class DevTable(unittest.TestCase):
         self.assertIn("| 10_last | - | 2.05 | 780 | 7.80 | 195.1 % | - |",
                       self.written(files, README.format(" relative=cublaslt")))
 
+    def test_fields(self):
+        files = {"a.jsonl": [dict(row("01_x", "big", 2, 1), saved_MiB=12.4, moved_bytes=3.2e9), row("01_x", "small", 1, 1),
+                             dict(row("production", "small", 4, 0.5), saved_MiB=7)]}
+        text = self.written(files, README.format(" fields=saved_MiB,moved_bytes"))
+        self.assertIn("| | big | small |\n|---|---:|---:|\n| 01_x | 12 / 3.2 | - |\n| production | - | 7 / - |\n", text)
+        self.assertNotIn(" ms", text)
+
     def test_options(self):
         files = {"a.jsonl": [dict(row("01_x", "big", 2, 1), predicted_ms=0.5), row("01_x", "middle", 10, 0.1),
                              row("01_x", "small", 1, 0.01)]}

@@ -114,6 +114,10 @@ TYPED_TEST(GpuRouter, Replay) {
   check_router<TypeParam>(256, 768, 8, 2, 2);
   check_router<TypeParam>(200, 72, 64, 1, 1);
   check_router<TypeParam>(130, 40, 300, 5, 130);
+  // Fewer experts than a padded number, and rows of more tiles than a ring has stages.
+  check_router<TypeParam>(200, 264, 24, 4, 2);
+  check_router<TypeParam>(130, 264, 60, 16, 2);
+  check_router<TypeParam>(130, 328, 100, 8, 1);
 }
 
 // Each term of the gradient alone: none may hide behind a larger one.
