@@ -29,12 +29,14 @@ struct BackwardScratch {
   }
 };
 
-// lse2 and D. A few lanes share a row of a head; rows past the end get lse = infinity, which makes their P, and with D
-// = 0 their dS, vanish.
+// Lanes that share a row of a head, 16 bytes each at a time.
+constexpr int rowsum_lanes(int head_dim) { return head_dim % 64 == 0 ? 8 : head_dim % 32 == 0 ? 4 : 2; }
+
+// lse2 and D. Rows past the end get lse = infinity, which makes their P, and with D = 0 their dS, vanish.
 template <int HD>
 __global__ void attention_rowsum_kernel(float* lse2, float* D, const bf16* dout, const bf16* o, const float* lse,
                                         Sizes size, int padded_T) {
-  constexpr int lanes = HD % 64 == 0 ? 8 : HD % 32 == 0 ? 4 : 2;
+  constexpr int lanes = rowsum_lanes(HD);
   const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;  // (B, padded_T, NH)
   const int part = threadIdx.x % lanes, h = int(row % size.NH), t = int(row / size.NH % padded_T);
   const int64_t b = row / size.NH / padded_T;
@@ -65,7 +67,7 @@ __global__ void attention_rowsum_kernel(float* lse2, float* D, const bf16* dout,
 template <int HD>
 void prepare_backward(GpuBase& dev, const BackwardScratch& scratch, const bf16* dout, const bf16* o, const float* lse,
                       int64_t B, int64_t T, HeadShape heads) {
-  constexpr int lanes = HD % 64 == 0 ? 8 : HD % 32 == 0 ? 4 : 2;
+  constexpr int lanes = rowsum_lanes(HD);
   const int64_t padded_T = ceil_div(T, row_padding) * row_padding;
   CUDA_CHECK(cudaMemsetAsync(scratch.ticket, 0, scratch.counter_bytes, dev.stream));
   launch(dev, attention_rowsum_kernel<HD>, dim3(unsigned(ceil_div(B * padded_T * heads.n_head * lanes, 256))), 256, 0,

@@ -21,6 +21,10 @@ struct Fill {
   __device__ __forceinline__ Fill before() const { return {n - 1}; }
 };
 
+// fence.proxy.async.global: ordinary accesses to global memory before it are ordered before bulk copies after it, and
+// the other way round. (Without .global it also waits for all that is on its way to memory: MEMBAR.ALL.GPU.)
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 constexpr int panel_64 = 64 * 128;  // bytes of a panel of 64 rows
 
 // A warpgroup's 64 x HD values, rounded, go to its own panels at `to` in shared memory, and from there by TMA to columns

@@ -27,19 +27,11 @@ __device__ __forceinline__ int opaque(int v) {
   return v;
 }
 
-// A tile of rows of `width` bf16. Rows are stored without gaps, so that 16-byte chunks of the same column would lie in
-// the same banks; instead chunk c of row r is stored as chunk c ^ flip(r), and the eight chunks that ldmatrix reads at
-// a time (one column, eight rows) lie in eight different places of the 128-byte line.
+// A tile of rows of `width` bf16.
 template <int width>
-struct Tile {
-  static_assert(width % 16 == 0);
-  static constexpr int chunks = width / 8, row_bytes = 2 * width;
-  // Chunks that a flip may permute: the power of two in `chunks`, at most the eight of a line.
-  static constexpr int period = width % 64 == 0 ? 8 : width % 32 == 0 ? 4 : 2;
-  static __device__ __forceinline__ int flip(int row) { return row / (8 / period) % period; }
-  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    return uint32_t(row * row_bytes + ((chunk ^ flip(row)) << 4));
-  }
+struct Tile : Swizzle<width> {
+  using Swizzle<width>::row_bytes, Swizzle<width>::offset;
+  static constexpr int chunks = width / 8;  // of a row
 
   // `threads` threads begin to copy `rows` rows, `stride` elements apart; rows from `valid` (at least 1) on are zeros.
   template <int rows, int threads>

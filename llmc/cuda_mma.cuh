@@ -1,5 +1,6 @@
 // The instructions of tensor cores since Ampere: copies into shared memory that run beside the computation, loads of
-// 8x8 matrices, and the product of a warp. (Hopper's own are in llmc/hopper.cuh.)
+// 8x8 matrices, and the product of a warp; and how tiles lie in shared memory for them. (Hopper's own are in
+// llmc/hopper.cuh.)
 #pragma once
 #include "llmc/cuda_common.cuh"
 
@@ -25,6 +26,24 @@ __device__ __forceinline__ void wait_copies() {
 }
 // Until all copies that this thread began have landed, in groups or not.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// ---- tiles in shared memory ----
+
+// Rows of `width` bf16, stored without gaps, so that 16-byte chunks of the same column would lie in the same banks;
+// instead chunk c of row r is stored as chunk c ^ flip(r), and the eight chunks that ldmatrix reads at a time (one
+// column, eight rows) lie in eight different places of the 128-byte line.
+template <int width>
+struct Swizzle {
+  static_assert(width % 16 == 0);
+  static constexpr int row_bytes = 2 * width;
+  // Chunks that a flip may permute: the power of two in the chunks of a row, at most the eight of a line.
+  static constexpr int period = width % 64 == 0 ? 8 : width % 32 == 0 ? 4 : 2;
+  static __device__ __forceinline__ int flip(int row) { return row / (8 / period) % period; }
+  // Where a chunk begins, in bytes from the beginning of the tile.
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    return uint32_t(row * row_bytes + ((chunk ^ flip(row)) << 4));
+  }
+};
 
 // ---- ldmatrix ----
 

@@ -191,9 +191,6 @@ __device__ __forceinline__ void add_floats(void* to, uint32_t from, uint32_t byt
                : "memory");
 }
 
-// fence.proxy.async: the same as fence_async_proxy() for global memory too: where a flag of ordinary accesses says that
-// bulk copies are done, or may begin.
-__device__ __forceinline__ void fence_async_everywhere() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // fence.proxy.async.shared::cta: ordinary accesses to shared memory before it (copy_async() too) are ordered before
 // those of TMA and of wgmma after it.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -1,112 +1,197 @@
-// RMSNorm on the GPU. Forward: a warp a row, the row held in registers between its two uses. Backward: a block walks over
-// 32 rows, one 16-byte chunk a thread, so that the weight gradient of a thread's columns stays in registers; the next row
-// is on its way while the sum over this one is made.
+// RMSNorm on the GPU. Forward: a warp a row, or four warps where it is wide, held in registers between its two uses.
+// Backward: as many blocks as are resident walk over all rows, one 16-byte chunk of a row a thread, so that the weight
+// gradient of a thread's columns stays in registers and few partial sums are left; the next rows are on their way to
+// shared memory while this one is summed.
 #include "llmc/rmsnorm.h"
 
+#include <algorithm>
+
 #include "llmc/cuda_common.cuh"
+#include "llmc/cuda_mma.cuh"
 #include "llmc/cuda_reduce.cuh"
 
 namespace {
 
-constexpr int warps = 8, backward_rows = 32;  // rows of a block whose weight gradient is summed before the blocks are
+constexpr int forward_threads = 128;
+// Backward: threads of a block unless a row needs more, blocks that walk (two on each multiprocessor of an H100), and
+// rows of a thread in shared memory, all but one of them on their way.
+constexpr int backward_threads = 512, most_blocks = 132 * 2, stages = 3;
 
-// A warp's part of a row: P chunks of W elements a lane, chunk i of a lane starting at element (i*32 + lane) * W.
-template <class Real, int W, int P>
+// W neighbouring elements. bf16 stay in pairs: as single ones each would take a register, like a float.
+template <class Real, int W>
+struct alignas(sizeof(Real) * W) Chunk {
+  static constexpr bool pairs = std::is_same_v<Real, bf16> && W % 2 == 0;
+  std::conditional_t<pairs, uint32_t, Real> v[pairs ? W / 2 : W];
+  __device__ float operator[](int j) const {
+    if constexpr (pairs)
+      return j % 2 ? unpack_bf16(v[j / 2]).y : unpack_bf16(v[j / 2]).x;
+    else
+      return to_float(v[j]);
+  }
+  // The same elements, of which the compiler knows nothing: it cannot keep them as floats, in twice the registers.
+  __device__ void keep_packed() {
+    if constexpr (pairs)
+#pragma unroll
+      for (int i = 0; i < W / 2; ++i) asm volatile("" : "+r"(v[i]));
+  }
+  template <class F>
+  __device__ void set(F f) {  // element j = f(j)
+    if constexpr (pairs) {
+#pragma unroll
+      for (int j = 0; j < W; j += 2) v[j / 2] = pack_bf16(f(j), f(j + 1));
+    } else {
+#pragma unroll
+      for (int j = 0; j < W; ++j) v[j] = from_float<Real>(f(j));
+    }
+  }
+};
+
+// The part of a row that a lane of one of T warps holds: P chunks.
+template <class Real, int W, int P, int T>
 struct RowOf {
-  struct alignas(sizeof(Real) * W) Chunk {
-    Real v[W];
-  };
-  Chunk chunk[P];
-  __device__ static int64_t at(int i) { return int64_t(i * 32 + int(threadIdx.x % 32)) * W; }
-  __device__ void load(const Real* row, int64_t C) {
+  using Part = Chunk<Real, W>;
+  Part chunk[P];
+  // Element of the row at which chunk i starts.
+  static __device__ int64_t at(int i) { return int64_t(i * 32 * T + int(threadIdx.x % (32 * T))) * W; }
+  // Calls f(i) for the chunks inside a row of C elements.
+  template <class F>
+  static __device__ void each_chunk(int64_t C, F f) {
 #pragma unroll
     for (int i = 0; i < P; ++i)
-      if (at(i) < C) chunk[i] = *reinterpret_cast<const Chunk*>(row + at(i));
+      if (at(i) < C) f(i);
+  }
+  __device__ void load(const Real* row, int64_t C) {
+    each_chunk(C, [&](int i) { chunk[i] = *reinterpret_cast<const Part*>(row + at(i)); });
   }
   __device__ void store(Real* row, int64_t C) const {
-#pragma unroll
-    for (int i = 0; i < P; ++i)
-      if (at(i) < C) *reinterpret_cast<Chunk*>(row + at(i)) = chunk[i];
+    each_chunk(C, [&](int i) { *reinterpret_cast<Part*>(row + at(i)) = chunk[i]; });
   }
-  __device__ float get(int i, int j) const { return to_float(chunk[i].v[j]); }
-  __device__ void set(int i, int j, float value) { chunk[i].v[j] = from_float<Real>(value); }
 };
-// Calls f(i, j) for this lane's elements.
-template <class Row, int W, int P, class F>
-__device__ void each_element(int64_t C, F f) {
-#pragma unroll
-  for (int i = 0; i < P; ++i)
-    if (Row::at(i) < C)
-#pragma unroll
-      for (int j = 0; j < W; ++j) f(i, j);
-}
 
-// branch null: the norm of x alone; else sum = x + branch is stored and normalised.
-template <class Real, int W, int P>
-__global__ void __launch_bounds__(warps * 32)
+// Blocks of a multiprocessor that keep 48 KB or more on their way: registers for a row of x and, with a branch, another.
+constexpr int forward_resident(int P) { return P > 4 ? 5 : P > 2 ? 8 : 12; }
+
+// branch null: the norm of x alone; else sum = x + branch is stored and normalised. A block takes 4/T rows.
+template <class Real, int W, int P, int T>
+__global__ void __launch_bounds__(forward_threads, forward_resident(P))
     norm_forward(Real* sum, Real* out, float* rstd, const Real* x, const Real* branch, const Real* weight, int64_t N,
                  int64_t C, float eps) {
-  using Row = RowOf<Real, W, P>;
-  int64_t n = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
+  using Row = RowOf<Real, W, P, T>;
+  constexpr int rows = forward_threads / (32 * T);
+  static_assert(T == 1 || rows == 1);  // the sum of several warps is one of the block
+  int64_t n = int64_t(blockIdx.x) * rows + threadIdx.x / (32 * T);
   if (n >= N) return;
   Row row, other;
   row.load(x + n * C, C);
   if (branch) {
     other.load(branch + n * C, C);
-    each_element<Row, W, P>(C, [&](int i, int j) { row.set(i, j, row.get(i, j) + other.get(i, j)); });
+    Row::each_chunk(C, [&](int i) { row.chunk[i].set([&](int j) { return row.chunk[i][j] + other.chunk[i][j]; }); });
     row.store(sum + n * C, C);
   }
   float squares = 0;
-  each_element<Row, W, P>(C, [&](int i, int j) { squares += row.get(i, j) * row.get(i, j); });
-  float r = 1.0f / sqrtf(warp_sum(squares) / float(C) + eps);
+  Row::each_chunk(C, [&](int i) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) squares += row.chunk[i][j] * row.chunk[i][j];
+  });
+  if constexpr (T == 1)
+    squares = warp_sum(squares);
+  else
+    squares = block_sum(squares);
+  const float r = 1.0f / sqrtf(squares / float(C) + eps);
   other.load(weight, C);
-  each_element<Row, W, P>(C, [&](int i, int j) { row.set(i, j, row.get(i, j) * r * other.get(i, j)); });
+  Row::each_chunk(C, [&](int i) { row.chunk[i].set([&](int j) { return row.chunk[i][j] * r * other.chunk[i][j]; }); });
   row.store(out + n * C, C);
-  if (threadIdx.x % 32 == 0) rstd[n] = r;
+  if (threadIdx.x % (32 * T) == 0) rstd[n] = r;
 }
 
-// partial (blocks,C): the weight gradient of backward_rows rows. One chunk of W elements a thread.
-template <class Real, int W>
-__global__ void norm_backward(Real* dx, float* partial, const Real* dout, const Real* dresidual, const Real* x,
-                              const Real* weight, const float* rstd, int64_t N, int64_t C) {
-  struct alignas(sizeof(Real) * W) Chunk {
-    Real v[W];
-  };
-  __shared__ float sums[2][32];  // of the warps; two, so that one barrier a row is enough
-  const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-  const int64_t c = int64_t(threadIdx.x) * W, first = int64_t(blockIdx.x) * backward_rows;
-  const int64_t end = min(N, first + backward_rows);
+// A block takes blockDim.x / row_threads rows at a time, one chunk of W elements a thread, then the rows gridDim.x times
+// as many further on. partial (blocks,C): the weight gradient of the rows of a block. Shared memory: the sums of the
+// warps (2,32); then (depth, 2 or 3, threads) chunks, those of x, dout and dresidual of `depth` rows of a thread, which
+// nobody else reads; at the end (rows,C) floats in their place.
+template <class Real, int W, int depth, bool residual>
+__global__ void __launch_bounds__(1024)
+    norm_backward(Real* dx, float* partial, const Real* dout, const Real* dresidual, const Real* x, const Real* weight,
+                  const float* rstd, int64_t N, int64_t C, int row_threads) {
+  using Part = Chunk<Real, W>;
+  extern __shared__ uint4 shared_memory[];
+  float(*sums)[32] = reinterpret_cast<float(*)[32]>(shared_memory);  // two, so that one barrier a row is enough
+  void* const ring = sums + 2;
+  const int row = int(threadIdx.x) / row_threads, rows = int(blockDim.x) / row_threads, row_warps = row_threads / 32;
+  const int lane = int(threadIdx.x) % 32;
+  const int64_t c = int64_t(threadIdx.x % row_threads) * W, block_row = int64_t(blockIdx.x) * rows,
+                first = block_row + row, step = int64_t(gridDim.x) * rows;
   const bool live = c < C;
-  auto load = [&](const Real* p) { return *reinterpret_cast<const Chunk*>(p + c); };
-  Chunk w{}, xs{}, ds{}, past{};
-  if (live) w = load(weight), xs = load(x + first * C), ds = load(dout + first * C);
-  float dw[W] = {};
-  for (int64_t n = first; n < end; ++n) {
-    Chunk next_x{}, next_d{};
-    if (live && n + 1 < end) next_x = load(x + (n + 1) * C), next_d = load(dout + (n + 1) * C);
-    if (live && dresidual) past = load(dresidual + n * C);
-    float r = rstd[n], dot = 0;
-#pragma unroll
-    for (int j = 0; j < W; ++j) dot += to_float(ds.v[j]) * to_float(w.v[j]) * to_float(xs.v[j]);
-    dot = warp_sum(live ? dot : 0.0f);
-    float* row_sums = sums[n % 2];
-    if (threadIdx.x % 32 == 0) row_sums[warp] = dot;
-    __syncthreads();
-    float mean = 0;
-    for (int i = 0; i < n_warps; ++i) mean += row_sums[i];
-    mean *= r / float(C);
-#pragma unroll
-    for (int j = 0; j < W; ++j) {
-      float xhat = to_float(xs.v[j]) * r, d = to_float(ds.v[j]);
-      dw[j] += d * xhat;
-      float value = r * (d * to_float(w.v[j]) - xhat * mean);
-      xs.v[j] = from_float<Real>(dresidual ? to_float(past.v[j]) + value : value);
+  // Rows of this thread, and of the first of the block: all stay as long for the barrier.
+  const int mine = live && first < N ? int(ceil_div(N - first, step)) : 0, rounds = int(ceil_div(N - block_row, step));
+  const int stage_size = (residual ? 3 : 2) * int(blockDim.x);
+  Part* const slots = static_cast<Part*>(ring) + threadIdx.x;
+  int64_t at = first * C + c;  // the element where this thread is
+  auto fetch = [&](int round, int rounds_ahead, Part* slot) {
+    const int64_t ahead = at + rounds_ahead * step * C;
+    auto copy = [&](int tensor, const Real* from) {
+      Part* to = slot + tensor * int(blockDim.x);
+      if constexpr (sizeof(Part) == 16)
+        copy_async(shared_address(to), from);
+      else
+        *to = *reinterpret_cast<const Part*>(from);
+    };
+    if (round + rounds_ahead < mine) {
+      copy(0, x + ahead), copy(1, dout + ahead);
+      if constexpr (residual) copy(2, dresidual + ahead);
     }
-    if (live) *reinterpret_cast<Chunk*>(dx + n * C + c) = xs;
-    xs = next_x, ds = next_d;
+    commit_copies();
+  };
+  for (int i = 0; i < depth - 1; ++i) fetch(0, i, slots + i * stage_size);
+  Part w{};
+  if (live) w = *reinterpret_cast<const Part*>(weight + c);
+  const float* next_rstd = rstd + first;
+  float dw[W] = {}, next_r = mine > 0 ? *next_rstd : 0.0f;
+  const float share = 1.0f / float(C);
+  const int last = (depth - 1) * stage_size;
+  for (int round = 0, now = 0; round < rounds; ++round, now = now == last ? 0 : now + stage_size) {
+    fetch(round, depth - 1, slots + (now == 0 ? last : now - stage_size));
+    const float r = next_r;
+    next_rstd += step;
+    if (round + 1 < mine) next_r = *next_rstd;
+    wait_copies<depth - 1>();
+    const Part* slot = slots + now;
+    const bool here = round < mine;
+    Part xs{}, ds{}, past{};
+    if (here) xs = slot[0], ds = slot[blockDim.x];
+    float dot = 0;
+#pragma unroll
+    for (int j = 0; j < W; ++j) dot += ds[j] * w[j] * xs[j];
+    dot = warp_sum(dot);
+    xs.keep_packed(), ds.keep_packed();
+    float* row_sums = sums[round % 2];
+    if (lane == 0) row_sums[threadIdx.x / 32] = dot;
+    __syncthreads();
+    const float mean = warp_sum(lane < row_warps ? row_sums[row * row_warps + lane] : 0.0f) * r * share;
+    if (residual && here) past = slot[2 * blockDim.x];
+    xs.set([&](int j) {
+      const float xhat = xs[j] * r, value = r * (ds[j] * w[j] - xhat * mean);
+      dw[j] += ds[j] * xhat;
+      return residual ? past[j] + value : value;
+    });
+    if (here) {
+      if constexpr (sizeof(Part) == 16)  // said so, or it becomes four stores
+        __stwb(reinterpret_cast<uint4*>(dx + at), reinterpret_cast<const uint4&>(xs));
+      else
+        *reinterpret_cast<Part*>(dx + at) = xs;
+    }
+    at += step * C;
   }
+  __syncthreads();  // all have read their last chunks
+  float* row_sums = static_cast<float*>(ring);
   if (live)
-    for (int j = 0; j < W; ++j) partial[int64_t(blockIdx.x) * C + c + j] = dw[j];
+#pragma unroll
+    for (int j = 0; j < W; ++j) row_sums[row * C + c + j] = dw[j];
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < C; i += blockDim.x) {
+    float sum = row_sums[i];
+    for (int k = 1; k < rows; ++k) sum += row_sums[k * C + i];
+    partial[int64_t(blockIdx.x) * C + i] = sum;
+  }
 }
 
 template <class Real>
@@ -129,22 +214,22 @@ template <class Real>
        " at most)");
 }
 
-// Calls f.template operator()<W, P>() with the smallest P that holds a row of C elements, W elements a chunk.
+// Calls f.template operator()<W, P, T>(): chunks of W elements, P of them a lane, T warps a row of C elements.
 template <class Real, class F>
 void with_row_shape(int64_t C, bool packed, F f) {
   constexpr int W = Pack<Real>::n;
   int64_t chunks = ceil_div(C, 32 * (packed ? W : 1));
   if (packed) {
-    if (chunks <= 1) return f.template operator()<W, 1>();
-    if (chunks <= 2) return f.template operator()<W, 2>();
-    if (chunks <= 3) return f.template operator()<W, 3>();
-    if (chunks <= 4) return f.template operator()<W, 4>();
-    if (chunks <= 8) return f.template operator()<W, 8>();
-    if (chunks <= 16) return f.template operator()<W, 16>();
-    if (chunks <= 32) return f.template operator()<W, 32>();
+    if (chunks <= 1) return f.template operator()<W, 1, 1>();
+    if (chunks <= 2) return f.template operator()<W, 2, 1>();
+    if (chunks <= 3) return f.template operator()<W, 3, 1>();
+    if (chunks <= 4) return f.template operator()<W, 4, 1>();
+    if (chunks <= 8) return f.template operator()<W, 8, 1>();
+    if (chunks <= 16) return f.template operator()<W, 4, 4>();
+    if (chunks <= 32) return f.template operator()<W, 8, 4>();
   } else {
-    if (chunks <= 4) return f.template operator()<1, 4>();
-    if (chunks <= 32) return f.template operator()<1, 32>();
+    if (chunks <= 4) return f.template operator()<1, 4, 1>();
+    if (chunks <= 32) return f.template operator()<1, 8, 4>();
   }
   fail_too_wide<Real>(C, packed);
 }
@@ -152,9 +237,9 @@ void with_row_shape(int64_t C, bool packed, F f) {
 template <class Device, class Real = typename Device::Real>
 void forward(Device& dev, Real* sum, Real* out, float* rstd, const Real* x, const Real* branch, const Real* weight,
              int64_t N, int64_t C, double eps) {
-  with_row_shape<Real>(C, packable<Real>(C, sum, out, x, branch, weight), [&]<int W, int P>() {
-    launch(dev, norm_forward<Real, W, P>, dim3(unsigned(ceil_div(N, warps))), warps * 32, 0, sum, out, rstd, x, branch,
-           weight, N, C, float(eps));
+  with_row_shape<Real>(C, packable<Real>(C, sum, out, x, branch, weight), [&]<int W, int P, int T>() {
+    launch(dev, norm_forward<Real, W, P, T>, dim3(unsigned(ceil_div(N, forward_threads / (32 * T)))), forward_threads,
+           0, sum, out, rstd, x, branch, weight, N, C, float(eps));
   });
 }
 
@@ -182,18 +267,28 @@ void rmsnorm_backward(Device& dev, typename Device::Real* dx, Grad<Device> dweig
                       const typename Device::Real* x, const typename Device::Real* weight,
                       const typename Device::Acc* rstd, int64_t N, int64_t C) {
   using Real = typename Device::Real;
-  float* partial = static_cast<float*>(scratch);
-  int64_t blocks = ceil_div(N, backward_rows);
   bool packed = packable<Real>(C, dx, dout, dresidual, x, weight);
-  int64_t threads = ceil_div(C / (packed ? Pack<Real>::n : 1), 32) * 32;
-  if (threads > 1024) fail_too_wide<Real>(C, packed);
-  launch(dev, packed ? norm_backward<Real, Pack<Real>::n> : norm_backward<Real, 1>, dim3(unsigned(blocks)),
-         unsigned(threads), 0, dx, partial, dout, dresidual, x, weight, rstd, N, C);
-  add_partial_rows(dev, dweight, partial, blocks, C, C);
+  auto run = [&]<int W>() {
+    int64_t row_threads = ceil_div(C, 32 * W) * 32, rows = std::max<int64_t>(1, backward_threads / row_threads);
+    if (row_threads > 1024) fail_too_wide<Real>(C, packed);
+    int64_t threads = rows * row_threads, blocks = std::min<int64_t>(ceil_div(N, rows), most_blocks);
+    bool wide = threads > backward_threads;  // one row less, which fits the shared memory of any GPU since Ampere
+    size_t chunks = size_t((wide ? stages - 1 : stages) * (dresidual ? 3 : 2) * threads);
+    size_t shared = 2 * 32 * sizeof(float) + chunks * sizeof(Chunk<Real, W>);
+    float* partial = static_cast<float*>(scratch);
+    auto kernel = [&]<int depth>() {
+      return dresidual ? norm_backward<Real, W, depth, true> : norm_backward<Real, W, depth, false>;
+    };
+    launch(dev, wide ? kernel.template operator()<stages - 1>() : kernel.template operator()<stages>(),
+           dim3(unsigned(blocks)), unsigned(threads), shared, dx, partial, dout, dresidual, x, weight, rstd, N, C,
+           row_threads);
+    add_partial_rows(dev, dweight, partial, blocks, C, C);
+  };
+  packed ? run.template operator()<Pack<Real>::n>() : run.template operator()<1>();
 }
 template <class Device>
 size_t rmsnorm_backward_scratch_bytes(int64_t N, int64_t C) {
-  return size_t(ceil_div(N, backward_rows) * C) * sizeof(float);
+  return size_t(std::min<int64_t>(N, most_blocks) * C) * sizeof(float);  // a row a block
 }
 
 template <class Device>

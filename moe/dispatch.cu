@@ -17,17 +17,17 @@ struct ExpertOf {
 struct PlaceSlot {
   RoutingPlan plan;
   const int32_t* top_k_index;
-  int K, E;
+  int K;
   int64_t capacity;
   DeviceStatus* status;
   int layer;
-  __device__ void operator()(int64_t slot, int e, int rank) const {
-    bool kept = e >= 0 && (capacity == 0 || rank < capacity);
-    int row = kept ? plan.offsets[e] + rank : -1;
+  __device__ void operator()(int64_t slot, const InBucket& expert) const {
+    bool kept = expert.key >= 0 && (capacity == 0 || expert.rank < capacity);
+    int row = kept ? expert.first + expert.rank : -1;
     plan.slot_row[slot] = row;
     if (kept) plan.row_slot[row] = int32_t(slot);
-    if (slot >= plan.offsets[E]) plan.row_slot[slot] = -1;  // rows that nobody has: this slot's number as a row
-    if (e < 0) report_fault(status, layer, DeviceStatus::expert_out_of_range, slot / K, top_k_index[slot]);
+    if (slot >= expert.all) plan.row_slot[slot] = -1;  // rows that nobody has: this slot's number as a row
+    if (expert.key < 0) report_fault(status, layer, DeviceStatus::expert_out_of_range, slot / K, top_k_index[slot]);
   }
 };
 
@@ -53,7 +53,7 @@ template <class Device>
 void dispatch_plan(Device& dev, RoutingPlan plan, void* scratch, const int32_t* top_k_index, int64_t N, int64_t K,
                    int64_t E, int64_t capacity) {
   ExpertOf key{top_k_index, int(E)};
-  PlaceSlot place{plan, top_k_index, int(K), int(E), capacity, dev.status, dev.layer};
+  PlaceSlot place{plan, top_k_index, int(K), capacity, dev.status, dev.layer};
   bucket_items(dev, plan.counts, plan.offsets, scratch, N * K, E, capacity, key, place);
 }
 template <class Device>

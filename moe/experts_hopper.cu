@@ -29,14 +29,12 @@ using DownWeight = Direct<WeightGradient<Shape, true>>;
 template <class Shape>
 using UpWeight = Direct<WeightGradient<Shape, false>>;
 
+bool fits(const ExpertShape& s) { return s.E <= max_experts && s.C % 8 == 0 && s.F % 8 == 0; }
+
 }  // namespace
 
 const char* const tile_names[tile_choices] = {"128x128 ping-pong", "128x192 ping-pong", "128x256 cooperative",
                                               "256x128 cooperative"};
-
-namespace {
-bool fits(const ExpertShape& s) { return s.E <= max_experts && s.C % 8 == 0 && s.F % 8 == 0; }
-}  // namespace
 
 bool usable(const GpuBase& dev, const ExpertShape& s) { return usable(dev) && fits(s); }
 void require(const GpuBase& dev, const ExpertShape& s) {

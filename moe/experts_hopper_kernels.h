@@ -28,14 +28,16 @@ constexpr bool comes_in(int tile, bool sums_rows, bool has_slots) {
 }
 
 // The ops of experts.h, on operands that experts.cu describes; partial (ceil(F/64), R) fp32 is what sum_dgates() adds up,
-// gradient (E,C,F) or (E,2F,C) is added to, fp32 where wide, else bf16. For shapes that are usable(). Errors: of the driver
-// that describes tensors, of the launch.
+// gradient (E,C,F) or (E,2F,C) is added to, fp32 where wide_gradient, else bf16. For shapes that are usable(). Errors:
+// of the driver that describes tensors, of the launch.
 void up(GpuBase& dev, const grouped::Operands& o, bf16* h, bf16* a, const ExpertShape& s);
 void down(GpuBase& dev, const grouped::Operands& o, bf16* y, const ExpertShape& s);
 void down_backward(GpuBase& dev, const grouped::Operands& o, bf16* dh, bf16* a_scaled, float* partial, const bf16* h,
                    const float* gates, const int32_t* slot_of_row, const ExpertShape& s);
-void down_backward_weight(GpuBase& dev, const grouped::Operands& o, void* gradient, bool wide, const ExpertShape& s);
+void down_backward_weight(GpuBase& dev, const grouped::Operands& o, void* gradient, bool wide_gradient,
+                          const ExpertShape& s);
 void up_backward_input(GpuBase& dev, const grouped::Operands& o, bf16* dx_rows, const ExpertShape& s);
-void up_backward_weight(GpuBase& dev, const grouped::Operands& o, void* gradient, bool wide, const ExpertShape& s);
+void up_backward_weight(GpuBase& dev, const grouped::Operands& o, void* gradient, bool wide_gradient,
+                        const ExpertShape& s);
 
 }  // namespace hopper

@@ -38,11 +38,7 @@ struct Layout {
   static_assert(tokens % (threads / LANES) == 0);
 };
 
-// Tiles have rows of 64 bf16, 128 bytes. Chunk c of row r is stored as chunk c ^ r % 8: the eight chunks of a column,
-// which ldmatrix reads at a time, lie in different banks.
-__device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
-  return uint32_t(row * 128 + ((chunk ^ (row % 8)) << 4));
-}
+using Tile = Swizzle<64>;  // rows of 128 bytes
 
 // Begins to copy 64 columns from `column` on of `rows` rows of C; rows from `valid` on and columns from C on are zeros.
 template <int rows, int threads>
@@ -54,7 +50,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const bf16* from, int v
   for (int i = 0; i < rows * 8 / threads; ++i) {
     const int row = first + i * (threads / 8);
     const bool read = inside && row < valid;
-    copy_async(tile + tile_offset(row, chunk), read ? from + (row * C + column + chunk * 8) : from, read);
+    copy_async(tile + Tile::offset(row, chunk), read ? from + (row * C + column + chunk * 8) : from, read);
   }
 }
 
@@ -78,8 +74,8 @@ __device__ __forceinline__ void compute_logits(unsigned char* memory, const bf16
   float acc[L::E / 8][4] = {};
   // Where the lane points in a stage: of A down first, of B (rows are experts) across first. An exclusive or with k << 5
   // leads from there to chunks 2k and 2k + 1, because tiles begin at multiples of 128.
-  const uint32_t a_place = tile_offset(first_token + lane % 16, lane / 16),
-                 b_place = L::x_bytes + tile_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const uint32_t a_place = Tile::offset(first_token + lane % 16, lane / 16),
+                 b_place = L::x_bytes + Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   for (int step = 0; step < steps; ++step) {
     wait_copies<L::stages - 2>();
     __syncthreads();  // this stage is there, and nobody reads the one before it any more
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(L::threads, L::blocks)
   // The lane stores 16 bytes of every fourth row, from this one on; rows and columns that are left from there.
   bf16* out = dx + (n0 + warp * 16 + lane / 8) * C + lane % 8 * 8;
   const int rows = tokens - warp * 16 - lane / 8, columns = C - lane % 8 * 8;
-  const uint32_t place = tile_offset(lane % 16, lane / 16);  // of B (columns are experts) down first
+  const uint32_t place = Tile::offset(lane % 16, lane / 16);  // of B (columns are experts) down first
   for (int chunk = 0; chunk < chunks; ++chunk) {
     wait_copies<L::dx_stages - 2>();
     __syncthreads();
@@ -219,14 +215,14 @@ __global__ void __launch_bounds__(L::threads, L::blocks)
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<uint32_t*>(slot + tile_offset(half * 8 + lane / 4, j) + lane % 4 * 4) =
+        *reinterpret_cast<uint32_t*>(slot + Tile::offset(half * 8 + lane / 4, j) + lane % 4 * 4) =
             pack_bf16(acc[j][2 * half], acc[j][2 * half + 1]);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (i * 4 < rows && chunk * 64 < columns)
         *reinterpret_cast<uint4*>(out + (i * 4 * C + chunk * 64)) =
-            *reinterpret_cast<const uint4*>(slot + tile_offset(i * 4 + lane / 8, lane % 8));
+            *reinterpret_cast<const uint4*>(slot + Tile::offset(i * 4 + lane / 8, lane % 8));
   }
 }
 

@@ -14,33 +14,30 @@ struct Group {
   static constexpr int slots = (max_top_k + LANES - 1) / LANES;  // choices of a lane
   static __device__ int lane() { return threadIdx.x % LANES; }
   static __device__ int index(int i) { return i * LANES + lane(); }
-  static __device__ float sum(float x) {
+  // Of all lanes of the group, in each of them: the same tree every time.
+  template <class T, class Operation>
+  static __device__ T reduce(T x, Operation operation) {
 #pragma unroll
-    for (int step = LANES / 2; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    for (int step = LANES / 2; step; step /= 2) x = operation(x, __shfl_xor_sync(~0u, x, step));
     return x;
+  }
+  static __device__ float sum(float x) {
+    return reduce(x, [](float a, float b) { return a + b; });
   }
   static __device__ float maximum(float x) {
-#pragma unroll
-    for (int step = LANES / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-    return x;
+    return reduce(x, [](float a, float b) { return fmaxf(a, b); });
   }
   static __device__ unsigned maximum(unsigned x) {
-    if constexpr (LANES == 32) {
+    if constexpr (LANES == 32)
       return __reduce_max_sync(~0u, x);
-    } else {
-#pragma unroll
-      for (int step = LANES / 2; step; step /= 2) x = max(x, __shfl_xor_sync(~0u, x, step));
-      return x;
-    }
+    else
+      return reduce(x, [](unsigned a, unsigned b) { return max(a, b); });
   }
   static __device__ int minimum(int x) {
-    if constexpr (LANES == 32) {
+    if constexpr (LANES == 32)
       return __reduce_min_sync(~0u, x);
-    } else {
-#pragma unroll
-      for (int step = LANES / 2; step; step /= 2) x = min(x, __shfl_xor_sync(~0u, x, step));
-      return x;
-    }
+    else
+      return reduce(x, [](int a, int b) { return min(a, b); });
   }
 };
 

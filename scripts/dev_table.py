@@ -107,20 +107,26 @@ def newest_run(rows, bench):
     """Rows of the newest run of this bench that has rungs, on one GPU; of several of a shape and variant the last."""
     rows = [row for row in rows if row["bench"] == bench]
     ladders = {(row["run_id"], row["gpu"]) for row in rows if is_rung(row["variant"])}
-    rows = [row for row in rows if (row["run_id"], row["gpu"]) in ladders]
+    return newest_of([row for row in rows if (row["run_id"], row["gpu"]) in ladders])
+
+
+def newest_of(rows):
+    """Those of the newest run among these."""
     if not rows:
         return []
     newest = max(enumerate(rows), key=lambda item: (item[1]["date"], item[0]))[1]
     return [row for row in rows if (row["run_id"], row["gpu"]) == (newest["run_id"], newest["gpu"])]
 
 
-def older_rows(rows, bench, newest):
-    """Of rungs that the newest run left out: the rows at its shapes, of the newest run that has them."""
+def other_rows(rows, bench, newest):
+    """Of rungs and production, where the newest run left them out: the rows at its shapes, of the newest run that has
+    them."""
     has, shapes = {row["variant"] for row in newest}, {row["shape"] for row in newest}
     others = [row for row in rows if row["bench"] == bench and row["gpu"] == newest[-1]["gpu"]
-              and is_rung(row["variant"]) and row["variant"] not in has and row["shape"] in shapes]
+              and (is_rung(row["variant"]) or row["variant"] == PRODUCTION) and row["variant"] not in has
+              and row["shape"] in shapes]
     return [row for variant in sorted({row["variant"] for row in others})
-            for row in newest_run([row for row in others if row["variant"] == variant], bench)]
+            for row in newest_of([row for row in others if row["variant"] == variant])]
 
 
 class Ladder:
@@ -128,10 +134,10 @@ class Ladder:
 
     def __init__(self, rows, bench, options):
         newest = newest_run(rows, bench)
-        older = older_rows(rows, bench, newest) if newest else []
+        others = other_rows(rows, bench, newest) if newest else []
         self.bench, self.last = bench, newest[-1] if newest else None
-        self.starred, self.star_runs = {row["variant"] for row in older}, sorted({row["run_id"] for row in older})
-        self.rows = {(row["variant"], row["shape"]): row for row in older + newest}
+        self.starred, self.star_runs = {row["variant"] for row in others}, sorted({row["run_id"] for row in others})
+        self.rows = {(row["variant"], row["shape"]): row for row in others + newest}
         names = sorted({variant for variant, _ in self.rows})
         self.rungs = [name for name in names if is_rung(name)]
         self.others = [name for name in names if not is_rung(name) and name != PRODUCTION]

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: every op against the CPU in double precision, the whole model against the PyTorch
-# reference and against itself, the trainer end to end, compute-sanitizer's four checkers on them, and two of these on every
-# rung of dev/. Closes with 'N passed, M failed'; fails if any did. On an H100 with 16 cores the tests take two and a half
-# minutes, each of the first three checkers one, the race checker several.
+# reference and against itself, the trainer end to end, compute-sanitizer's four checkers on them, and two of these on
+# every rung of dev/. Closes with the names of the tests that were skipped, if any, and 'N passed, M failed'; fails if
+# any did. On an H100 with 16 cores the tests take two and a half minutes, each of the first three checkers one, the race
+# checker several.
 #   scripts/test_gpu.sh            BUILD=folder  where to build (default build-test)
 #   PREBUILT=1                     test what BUILD holds, without building
 #   CHECKERS="memcheck racecheck"  only these of memcheck, initcheck, synccheck, racecheck
@@ -23,23 +24,36 @@ if "$build/test_gpu_device" --gtest_brief=1 2>/dev/null | grep -q "no GPU:"; the
   exit 1
 fi
 
-passed=0 failed=0
+passed=0 failed=0 skipped=()
 count() {  # count NAME STATUS: one test that is not GoogleTest's or unittest's
   if [ "$2" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $1"; fi
+}
+count_tests() {  # count_tests PROGRAM STATUS RAN FAILED SKIPPED...: those of a program, the skipped ones by name
+  local name=$1 status=$2 ran=$3 bad=$4 test
+  shift 4
+  [ "$status" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # it died
+  [ $((bad + $#)) -le "$ran" ] || ran=$((bad + $#))  # of one test several cases may fail
+  passed=$((passed + ran - bad - $#)) failed=$((failed + bad))
+  for test in "$@"; do skipped+=("$name $test"); done
+  echo "$name: $((ran - bad - $#)) of $ran passed${1:+, $# skipped}"
+  [ "$bad" -eq 0 ] || cat "$work/$name.log"
 }
 gtest() {  # gtest PROGRAM FILTER
   "$build/$1" --gtest_brief=1 --gtest_filter="$2" --gtest_output="json:$work/$1.json" >"$work/$1.log" 2>&1
   local status=$?
-  read -r ran bad < <(python3 -c 'import json, sys; r = json.load(open(sys.argv[1])); print(r["tests"], r["failures"] + r["errors"])' "$work/$1.json" 2>/dev/null || echo 1 1)
-  [ $status -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # it died
-  passed=$((passed + ran - bad)) failed=$((failed + bad))
-  echo "$1: $((ran - bad)) of $ran passed"
-  [ "$bad" -eq 0 ] || cat "$work/$1.log"
+  count_tests "$1" $status $(python3 - "$work/$1.json" <<'PYTHON' 2>/dev/null || echo 1 1
+import json, sys
+result = json.load(open(sys.argv[1]))
+skipped = [suite["name"] + "." + test["name"] for suite in result["testsuites"] for test in suite["testsuite"]
+           if test["result"] != "COMPLETED"]
+print(result["tests"], result["failures"] + result["errors"], *skipped)
+PYTHON
+  )
 }
 
 trainer=(test_trainer test_interruption test_gpu_trainer)
 for name in "${trainer[@]}"; do  # many short processes: beside the rest
-  (TRAINER=$build/train_gpt_moe TRAINER_DEVICE=cuda python3 "dev/test/$name.py" >"$work/$name.log" 2>&1
+  (TRAINER=$build/train_gpt_moe TRAINER_DEVICE=cuda python3 "dev/test/$name.py" -v >"$work/$name.log" 2>&1
     echo $? >"$work/$name.status") &
 done
 
@@ -50,12 +64,8 @@ wait
 for name in "${trainer[@]}"; do
   ran=$(sed -n 's/^Ran \([0-9]*\) tests\{0,1\} .*/\1/p' "$work/$name.log")
   bad=$(grep -cE '^(FAIL|ERROR): ' "$work/$name.log")
-  [ "$(cat "$work/$name.status")" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1
-  ran=${ran:-1}
-  [ "$bad" -le "$ran" ] || ran=$bad  # of one test several cases may fail
-  passed=$((passed + ran - bad)) failed=$((failed + bad))
-  echo "$name: $((ran - bad)) of $ran passed"
-  [ "$bad" -eq 0 ] || cat "$work/$name.log"
+  mapfile -t names < <(awk '/^[A-Za-z_0-9]+ \(/ { name = $1 } /(^|\.\.\. )skipped ["\047]/ { print name }' "$work/$name.log")
+  count_tests "$name" "$(cat "$work/$name.status")" "${ran:-1}" "$bad" "${names[@]}"
 done
 
 echo "== compute-sanitizer"
@@ -81,7 +91,11 @@ PYTHON
     wait
     for name in "$@"; do
       status=$(cat "$work/$tool.$name.status")
-      count "$tool $name (status $status)" "$status"
+      if [ "$status" -eq 0 ] && grep -q '^\[  PASSED  \] 0 tests' "$work/$tool.$name.log"; then  # GoogleTest skipped all
+        skipped+=("$tool $name")
+      else
+        count "$tool $name (status $status)" "$status"
+      fi
       [ "$status" -eq 0 ] || tail -n 30 "$work/$tool.$name.log"
     done
     echo "$tool: done"
@@ -126,5 +140,6 @@ PYTHON
   done
 fi
 
-echo "$passed passed, $failed failed"
+for name in "${skipped[@]}"; do echo "SKIPPED: $name"; done
+echo "$passed passed, $failed failed${skipped:+, ${#skipped[@]} skipped}"
 [ "$failed" -eq 0 ]

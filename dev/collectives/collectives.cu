@@ -367,8 +367,10 @@ struct Program {
   Clock& clock;
   const Library& lib;
   const Link link;
-  const std::set<std::string> chosen;  // variants
+  const std::vector<std::string> chosen;  // variants; none: all
   int checks = 0, failures = 0;
+
+  bool wants(const Contender& contender) const { return chosen.empty() || contains(chosen, contender.name); }
 
   bool note(bool good, const std::string& what) {
     ++checks, failures += !good;
@@ -392,7 +394,7 @@ struct Program {
           for (int64_t i = 0; i < c->result[r]; ++i) expected[r].push_back(e.template at<T>(i));
         }
         for (const Contender& contender : c->contenders) {
-          if (!chosen.count(contender.name) || (rough && !contender.fixed_order)) continue;
+          if (!wants(contender) || (rough && !contender.fixed_order)) continue;
           run_checked(ranks, *c, contender, rough);
           wrong[contender.name] += wrong_on_host(ranks, *c, expected);
           if (std::string who = two_shot::no_show(ranks, meeting); !who.empty()) fail(contender.name, ": ", who);
@@ -414,7 +416,7 @@ struct Program {
     std::vector<const Contender*> all;
     std::vector<bool> good;
     for (const Contender& contender : c->contenders) {
-      if (!chosen.count(contender.name)) continue;
+      if (!wants(contender)) continue;
       run_checked(ranks, *c, contender, false);
       const int64_t wrong = wrong_on_gpu(ranks, *c, false);
       all.push_back(&contender);
@@ -483,18 +485,11 @@ int run(const Options& options) {
     std::printf("shapes: %s\nvariants: %s\n", joined(names).c_str(), joined(variants).c_str());
     return 0;
   }
-  std::set<std::string> asked(options.shapes.empty() ? names.begin() : names.end(), names.end()), chosen;
-  for (const std::string& shape : options.shapes)
-    for (const std::string& match : match_shape(shape, names)) asked.insert(match);
-  for (const std::string& variant : options.variants) {
-    const std::string match = match_variant(variant, variants);
-    if (match.empty()) fail("no variant is called '", variant, "'; there are: ", joined(variants));
-    chosen.insert(match);
-  }
-  if (options.variants.empty()) chosen.insert(variants.begin(), variants.end());
+  const std::vector<std::string> asked = match_shapes(options.shapes, names),
+                                 chosen = match_variants(options.variants, variants);
   std::vector<Shape> wanted;
   for (const Shape& s : shapes)
-    if (asked.count(s.name)) wanted.push_back(s);
+    if (asked.empty() || contains(asked, s.name)) wanted.push_back(s);
 
   const int64_t n = options.number("ranks");
   if (n < 2 || n > max_ranks) fail("--ranks must be 2 to ", max_ranks, ", not ", n);
@@ -521,10 +516,7 @@ int run(const Options& options) {
   Program program{lab, ranks, clock, lib, link, chosen};
   program.run<bf16>(wanted, DType::bf16);
   program.run<float>(wanted, DType::f32);
-  std::printf("collectives: %d checks, %d failed\n", program.checks, program.failures);
-  if (!options.records() && !options.check_only)
-    std::printf("collectives: not recorded, since it is not a whole run (--out FILE records it)\n");
-  return program.failures > 0 ? 1 : 0;
+  return finish("collectives", program.checks, program.failures, options);
 }
 }  // namespace
 

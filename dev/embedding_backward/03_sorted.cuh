@@ -1,8 +1,8 @@
 // Rung 3: nobody searches. Positions are sorted by their token first, stably, so that the positions of a token follow
 // one another in ascending order; then one block a token adds its list. The sort is a radix sort in digits of 8 bits,
-// each a bucket pass of three small launches (llmc/cuda_bucket.cuh).
+// each a bucket pass of two small launches (llmc/cuda_bucket.cuh).
 //
-// Predicted: the sort moves a few N integers, nothing beside N rows; its 6 launches take some 30 microseconds. Then
+// Predicted: the sort moves a few N integers, nothing beside N rows; its 4 launches take some 12 microseconds. Then
 // dout is read once, and each row that occurs read and written once: the floor of the op. But one block adds the N/16
 // rows of the most frequent token, one after the other, each behind two loads that say which row it is: N/16 times
 // about a microsecond, long after all others are done. Where all tokens are equally frequent nothing of that shows.
@@ -22,9 +22,9 @@ struct DigitOf {  // of position order[i]'s token; before the first pass order i
 };
 struct Place {
   int32_t* sorted;
-  const int32_t *order, *offsets;
-  __device__ void operator()(int64_t i, int digit, int rank) const {
-    sorted[offsets[digit] + rank] = order ? order[i] : int32_t(i);
+  const int32_t* order;
+  __device__ void operator()(int64_t i, const InBucket& digit) const {
+    sorted[digit.first + digit.rank] = order ? order[i] : int32_t(i);
   }
 };
 
@@ -51,20 +51,19 @@ __global__ void __launch_bounds__(256)
 }
 
 inline int64_t scratch_bytes(int64_t N) {
-  return (2 * N + 2 * buckets + 1) * int64_t(sizeof(int32_t)) + int64_t(bucket_scratch_bytes(N, buckets));
+  return int64_t(bucket_scratch_bytes(N, buckets)) + 2 * N * int64_t(sizeof(int32_t));
 }
 
 // dtable (V,C) += the sum of dout (N,C) over the positions of each token.
 inline void backward(GpuBase& dev, float* dtable, void* scratch, const int32_t* tokens, const bf16* dout, int64_t N,
                      int64_t C, int64_t V) {
   if (C % width) fail("embedding_backward 03_sorted: C must be a multiple of 8, not ", C);
-  int32_t *orders = static_cast<int32_t*>(scratch), *totals = orders + 2 * N, *offsets = totals + buckets;
-  int32_t* counts = offsets + buckets + 1;
+  int32_t* orders = static_cast<int32_t*>(scratch) + bucket_scratch_bytes(N, buckets) / sizeof(int32_t);
   const int32_t* order = nullptr;
   for (int pass = 0; pass == 0 || (V - 1) >> (pass * digit_bits) > 0; ++pass) {
     int32_t* next = orders + pass % 2 * N;
-    bucket_items(dev, totals, offsets, counts, N, buckets, 0, DigitOf{tokens, order, pass * digit_bits},
-                 Place{next, order, offsets});
+    bucket_items(dev, nullptr, nullptr, scratch, N, buckets, 0, DigitOf{tokens, order, pass * digit_bits},
+                 Place{next, order});
     order = next;
   }
   const int64_t threads = std::min<int64_t>(256, ceil_div(C / width, 32) * 32);

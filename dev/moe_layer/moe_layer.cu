@@ -107,17 +107,14 @@ bool is_ladder_shape(const std::string& shape) {
 // What the options ask for.
 struct Asked {
   std::vector<Row> ladder = ladder_rows();
+  std::vector<std::string> variants;            // the names of all its rows
   std::vector<std::string> by_name, by_policy;  // rungs
   bool materialized = false;
   int64_t multiple = 0;  // of rows, 0: no rounding
 
   explicit Asked(const Options& options) {
-    std::vector<std::string> names;
-    for (const Row& row : ladder) names.push_back(row.name);
-    for (const std::string& asked : options.variants) {
-      by_name.push_back(match_variant(asked, names));
-      if (by_name.back().empty()) fail("no variant is called '", asked, "'; there are: ", joined(names));
-    }
+    for (const Row& row : ladder) variants.push_back(row.name);
+    by_name = match_variants(options.variants, variants);
     const std::string& dispatch = options.own.at("dispatch");
     materialized = dispatch == name_of(Dispatch::materialized);
     if (!materialized && dispatch != name_of(Dispatch::zero_buffer))
@@ -378,23 +375,16 @@ void run_shape(Lab& lab, const MoeShape& s, const Asked& asked) {
 int run(int argc, char** argv) {
   Options options = parse_options(argc, argv, {{"dispatch", "zero_buffer"}, {"policies", "act"}, {"round-rows", ""}});
   const Asked asked(options);
-  std::vector<std::string> shapes, names;
-  for (const MoeShape& s : moe_shapes()) names.push_back(s.name);
-  for (const std::string& shape : options.shapes)
-    for (const std::string& match : match_shape(shape, names)) shapes.push_back(match);
-  options.shapes = shapes;
-  if (!options.variants.empty()) options.variants.clear(), options.positional = true;  // found above; a part of a run
-  if (options.list) {
-    std::vector<std::string> variants;
-    for (const Row& row : asked.ladder) variants.push_back(row.name);
-    std::printf("shapes: %s\nvariants: %s\n", joined(names).c_str(), joined(variants).c_str());
-    return 0;
-  }
+  std::vector<std::string> shapes;
+  for (const MoeShape& s : moe_shapes()) shapes.push_back(s.name);
+  if (settle_names(options, asked.variants, shapes)) return 0;
+  if (!options.variants.empty())
+    options.variants.clear(), options.positional = true;  // asked has them; not a whole run
   Lab lab("moe_layer", options);
   if (!options.check_only) lab.matmul_rate(), lab.copy_bandwidth();
   for (const MoeShape& s : moe_shapes()) {
     if (!lab.wants_shape(s.name)) continue;
-    if (shapes.empty() && !asked.only_production() && !is_ladder_shape(s.name)) continue;
+    if (options.shapes.empty() && !asked.only_production() && !is_ladder_shape(s.name)) continue;
     std::printf("moe_layer %s: T %lld, d %lld, n %lld, E %lld, K %lld\n", s.name.c_str(), (long long)s.T,
                 (long long)s.d, (long long)s.n, (long long)s.E, (long long)s.K);
     try {

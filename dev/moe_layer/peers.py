@@ -181,16 +181,35 @@ class SonicMoE:
     """Routes by itself: softmax over the chosen logits, which is the renormalised softmax."""
 
     packages = ("sonic-moe", "quack-kernels")
+    every_config = False
 
     def __init__(self, w):
         os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count()))  # its autotuner compiles side by side
         try:
+            from quack import gemm_interface
             from sonicmoe import moe_TC_softmax_topk_layer
         except Exception as error:
             raise NotInstalled(f"{error}; pip install sonic-moe") from None
+        for kernel in vars(gemm_interface).values():
+            prune = getattr(kernel, "early_config_prune", None)
+            if prune and not isinstance(prune, functools.partial):
+                kernel.early_config_prune = functools.partial(SonicMoE.configs, prune)
         self.layer, self.K = moe_TC_softmax_topk_layer, w.K
         interleaved = torch.stack((w.gate, w.up), 2).flatten(1, 2)  # (E,2n,d): gate row, up row, gate row, ...
         self.parameters = [parameter(w.router), parameter(interleaved), parameter(w.down)]
+
+    @staticmethod
+    def configs(prune, configs, args, **others):
+        """The configurations that its autotuner tries. All of them are up to 44 kernels a product, and one takes ten
+        seconds to compile; these three are the library's default and the two largest tiles."""
+
+        def large(config):
+            c = config.kwargs["config"]
+            return (c.tile_m, c.tile_n, c.pingpong) in ((128, 192, True), (128, 256, False), (256, 128, False))
+
+        valid = prune(configs, args, **others)
+        tiles = [c for c in valid if large(c) and c.kwargs["config"].cluster_m == 2 and not c.kwargs["config"].swap_ab]
+        return valid if SonicMoE.every_config else tiles or valid
 
     def forward(self, x):
         router, w13, w2 = self.parameters
@@ -498,7 +517,7 @@ def main():
     parser.add_argument("--run-id", default=os.environ.get("RUN_ID") or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
                         help="marks the lines of one run; default $RUN_ID, else the time")
     parser.add_argument("--quick", action="store_true", help="few timed runs")
-    parser.add_argument("--full-tune", action="store_true", help="let Liger's autotuner try all its configurations")
+    parser.add_argument("--full-tune", action="store_true", help="let the autotuners of Liger and SonicMoE try all their configurations")
     o = parser.parse_args()
 
     known = moe_shapes()
@@ -510,7 +529,7 @@ def main():
         sys.exit(f"peers: PyTorch is not installed ({no_torch})")
     if not torch.cuda.is_available():
         sys.exit("peers: PyTorch finds no GPU")
-    Liger.every_config = o.full_tune
+    Liger.every_config = SonicMoE.every_config = o.full_tune
     about = {"gpu": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "run_id": o.run_id}
     print(f"{about['gpu']}, PyTorch {torch.__version__}, run {o.run_id}", flush=True)
 

@@ -141,6 +141,13 @@ class DevTable(unittest.TestCase):
                       "H100, 2026-11-23, run r2: `dev/b/b`; * of run r1\n", text)
         self.assertNotIn("huge", text)
 
+    # Production that was measured again by itself: the row of that run, with its star.
+    def test_production_of_another_run(self):
+        files = {"a.jsonl": [row("01_slow", "big", 2, 5), row("production", "big", 10, 1, run_id="r3", date="2026-11-24")]}
+        text = self.written(files, README.format(""))
+        self.assertIn("| production* | - | 1.00 | 10 | 5.00 | 100.0 % |\n\n"
+                      "H100, 2026-11-23, run r2: `dev/b/b`; * of run r3\n", text)
+
     def test_chart_is_shown_where_there_is_one(self):
         files = {"a.jsonl": [row("01_x", "s", 1, 1)]}
         self.assertNotIn("b.svg", self.written(files, README.format("")))
