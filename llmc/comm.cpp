@@ -318,7 +318,7 @@ Job::~Job() {
 // ---- World ----
 
 World::World(double timeout) : job_(std::make_unique<Job>(timeout)) {
-  if (!(timeout > 0)) fail("--comm-timeout ", timeout, ": must be more than 0 seconds");
+  set_timeout(timeout);
   if (open_job) fail("a process has one World");
   job_->link = open_link(timeout);
   if (!job_->link) return;
@@ -349,6 +349,10 @@ World::~World() {
   open_job = nullptr;
 }
 
+void World::set_timeout(double seconds) {
+  if (!(seconds > 0)) fail("--comm-timeout ", seconds, ": must be more than 0 seconds");
+  job_->timeout = seconds;
+}
 int World::rank() const { return job_->rank; }
 int World::size() const { return job_->size; }
 const char* World::launcher() const { return job_->launcher; }

@@ -188,6 +188,7 @@ class World {
   World(const World&) = delete;
   World& operator=(const World&) = delete;
 
+  void set_timeout(double seconds);
   int rank() const;
   int size() const;
   int local_rank() const;        // among the ranks of this host: which GPU to take

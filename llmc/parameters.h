@@ -106,7 +106,7 @@ class ParameterTable {
       };
       b.grad = gradient(wide_grad, ".grad");
       if (second_grad) b.second_grad = gradient(true, ".grad2");
-      std::vector<int64_t> home{homes.slabs, b.home_rows(), cols};
+      std::vector<int64_t> home{homes.slabs * b.home_rows(), cols};
       auto state = [&]<class T>(Tensor<T>& t, const char* suffix, Category category) {
         if (b.home_size()) t = plan.persistent<T>(name + suffix, home, category);
       };

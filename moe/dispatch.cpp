@@ -8,6 +8,7 @@ void dispatch_plan(Device& dev, RoutingPlan plan, void*, const int32_t* top_k_in
   std::fill_n(plan.counts, E, 0);
   for (int64_t slot = 0; slot < N * K; ++slot) {
     int32_t e = top_k_index[slot];
+    if (e == -1) continue;
     if (e < 0 || e >= E) {
       dev.fault(DeviceStatus::expert_out_of_range, slot / K, e);
     } else if (capacity == 0 || plan.counts[e] < capacity) {

@@ -27,7 +27,8 @@ struct PlaceSlot {
     plan.slot_row[slot] = row;
     if (kept) plan.row_slot[row] = int32_t(slot);
     if (slot >= expert.all) plan.row_slot[slot] = -1;  // rows that nobody has: this slot's number as a row
-    if (expert.key < 0) report_fault(status, layer, DeviceStatus::expert_out_of_range, slot / K, top_k_index[slot]);
+    if (expert.key < 0 && top_k_index[slot] != -1)
+      report_fault(status, layer, DeviceStatus::expert_out_of_range, slot / K, top_k_index[slot]);
   }
 };
 

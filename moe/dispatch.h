@@ -13,8 +13,8 @@ struct RoutingPlan {
   int32_t *counts, *offsets, *row_slot, *slot_row;
 };
 
-// in  top_k_index (N,K) int32, values in [0,E); capacity: most rows an expert keeps, the first in token order;
-//     0 = dropless
+// in  top_k_index (N,K) int32, values in [0,E), or -1: no row (an expert of another rank's); capacity: most rows an
+//     expert keeps, the first in token order; 0 = dropless
 // Errors: an index outside [0,E) sets DeviceStatus::expert_out_of_range, and its slot is dropped.
 template <class Device>
 void dispatch_plan(Device& dev, RoutingPlan plan, void* scratch, const int32_t* top_k_index, int64_t N, int64_t K,

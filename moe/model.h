@@ -33,6 +33,7 @@ struct RunOptions {
   bool record_routing = false, replay_routing = false;
   AdamWConfig adamw;
   UpdateRules rules;
+  Parallel parallel;  // B, T and micro_steps are of this rank
 
   Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
 };
@@ -44,8 +45,8 @@ class Model {
   using Acc = typename Device::Acc;
 
   // Plans everything; allocates nothing.
-  Model(Device& device, const ModelConfig& config, const RunOptions& options, const Parallel& parallel = {})
-      : config(config), options(options), parallel(parallel), device_(device), x_(device, plan) {
+  Model(Device& device, const ModelConfig& config, const RunOptions& options)
+      : config(config), options(options), device_(device), x_(device, plan) {
     config.validate();
     declare_parameters();
     declare_state();
@@ -61,7 +62,7 @@ class Model {
 
   const ModelConfig config;
   const RunOptions options;
-  const Parallel parallel;
+  const Parallel& parallel = options.parallel;
   Plan plan;
   ParameterTable<Device> table;
 
@@ -500,9 +501,18 @@ class Model {
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
     bool full = !pass.decoding;
+    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k, config.n_expert};
+    RouterShape router = config.router(pass.B, pass.T);
+    Comm statistics_ranks;  // balance_scope microbatch: over the tokens of all ranks
+    if (full && pass.training && config.balance == Balance::aux && config.balance_scope == BalanceScope::microbatch) {
+      router.ranks = parallel.layout.stage_ranks();
+      if (router.ranks > 1) statistics_ranks = parallel[Group::stage];
+    }
+    ExpertShape experts = config.experts(ranks.M());
+    experts.E = ranks.experts();
     return {x_,
-            config.router(pass.B, pass.T),
-            config.experts(pass.N()),
+            router,
+            experts,
             config.capacity(pass.N()),
             options.policy(l),
             options.dispatch,
@@ -516,7 +526,10 @@ class Model {
             full && pass.training ? replay_[l] : Tensor<int32_t>{},
             full && pass.training ? record_[l] : Tensor<int32_t>{},
             stats_,
-            params_};
+            params_,
+            ranks,
+            parallel[Group::ep],
+            statistics_ranks};
   }
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];

@@ -101,7 +101,10 @@ struct LayerProgram {
                            replay,
                            {},
                            stats,
-                           params};
+                           params,
+                           {1, 0, shape.router().N, shape.router().K, shape.router().E},
+                           {},
+                           {}};
     saved = {};
     bool keep = id == forward_backward;
     x.begin(id);
