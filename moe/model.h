@@ -369,6 +369,11 @@ class Model {
     const auto& b = table.buffer(p.buffer);
     return which == State::master ? b.master : which == State::m ? b.m : b.v;
   }
+  // Whether balance statistics are of the tokens of all ranks, and the loads that follow from them too.
+  bool shared_statistics() const {
+    return parallel.layout.stage_ranks() > 1 && config.balance == Balance::aux &&
+           config.balance_scope == BalanceScope::microbatch;
+  }
   int64_t positions_held() const { return std::max(options.T, options.decode_positions); }
   int64_t classifier_chunk(int64_t N) const {
     int64_t rows = Device::classifier_bytes / (config.padded_vocab() * int64_t(sizeof(Real)));
@@ -503,11 +508,9 @@ class Model {
     bool full = !pass.decoding;
     ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k, config.n_expert};
     RouterShape router = config.router(pass.B, pass.T);
-    Comm statistics_ranks;  // balance_scope microbatch: over the tokens of all ranks
-    if (full && pass.training && config.balance == Balance::aux && config.balance_scope == BalanceScope::microbatch) {
-      router.ranks = parallel.layout.stage_ranks();
-      if (router.ranks > 1) statistics_ranks = parallel[Group::stage];
-    }
+    Comm statistics_ranks;
+    if (full && pass.training && shared_statistics())
+      router.ranks = parallel.layout.stage_ranks(), statistics_ranks = parallel[Group::stage];
     ExpertShape experts = config.experts(ranks.M());
     experts.E = ranks.experts();
     return {x_,
@@ -779,7 +782,7 @@ class Model {
     world.all_reduce(&m->stats_.data()->loss, 3, "losses");
     world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
     for (const auto& load : m->load_)
-      if (load) m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
+      if (load && !m->shared_statistics()) m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
   }
 
   Device& device_;
