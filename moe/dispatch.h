@@ -22,6 +22,12 @@ void dispatch_plan(Device& dev, RoutingPlan plan, void* scratch, const int32_t* 
 template <class Device>
 size_t dispatch_scratch_bytes(int64_t N, int64_t K, int64_t E);
 
+// The plan of rows [first, first + n) of a plan, as rows 0 to n: slots whose row is another have none.
+//   part.row_slot (n), part.slot_row (N,K), part.offsets (E+1), part.counts (E)
+template <class Device>
+void dispatch_part(Device& dev, RoutingPlan part, RoutingPlan plan, int64_t first, int64_t n, int64_t N, int64_t K,
+                   int64_t E);
+
 // rows (R,C) = x[row_slot/K]: the gathered copy of --dispatch materialized. Rows past offsets[E] are not written.
 template <class Device>
 void dispatch_gather(Device& dev, typename Device::Real* rows, const typename Device::Real* x, const int32_t* offsets,

@@ -31,6 +31,7 @@ struct RunOptions {
   bool separate_arena = false;
   bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
   bool record_routing = false, replay_routing = false;
+  double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep)
   AdamWConfig adamw;
   UpdateRules rules;
   Parallel parallel;  // B, T and micro_steps are of this rank
@@ -467,6 +468,7 @@ class Model {
     targets_ = plan.template persistent<int32_t>("targets", {N()}, Category::workspace);
     positions_ = plan.template persistent<int32_t>("positions", {N()}, Category::workspace);
     rope_ = plan.template persistent<Acc>("rope", {positions_held(), c.head_dim}, Category::workspace);
+    arrived_rows_.resize(c.n_layer);
     load_.resize(c.n_layer), bias_.resize(c.n_layer), replay_.resize(c.n_layer), record_.resize(c.n_layer);
     k_cache_.resize(c.n_layer), v_cache_.resize(c.n_layer);
     for (int l = 0; l < c.n_layer; ++l) {
@@ -511,18 +513,26 @@ class Model {
     Comm statistics_ranks;
     if (full && pass.training && shared_statistics())
       router.ranks = parallel.layout.stage_ranks(), statistics_ranks = parallel[Group::stage];
-    ExpertShape experts = config.experts(ranks.M());
-    experts.E = ranks.experts();
+    // Rows of a pass: all that N tokens have, or, where tokens come from other ranks, a headroom over them.
+    ExpertShape experts = config.experts(pass.N());
+    experts.E = ranks.experts(), experts.slots = ranks.M() * config.top_k;
+    const int64_t most_rows = ranks.M() * std::min(config.top_k, experts.E);
+    if (ranks.ranks > 1)
+      experts.R = std::min(most_rows, (int64_t(options.row_headroom * double(experts.R)) + 63) / 64 * 64);
     return {x_,
             router,
-            experts,
-            config.capacity(pass.N()),
-            options.policy(l),
-            options.dispatch,
+            {x_,
+             experts,
+             ranks.M(),
+             std::max(experts.R, ranks.ranks > 1 ? most_rows : 0),
+             config.capacity(pass.N()),
+             options.policy(l),
+             options.dispatch,
+             {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
+             &arrived_rows_[l]},
             weight(b.router),
             grad(b.router),
             bias_[l],
-            {weight(b.w13), weight(b.w2), grad(b.w13), grad(b.w2)},
             {weight(b.shared13), weight(b.shared2), grad(b.shared13), grad(b.shared2)},
             config.d_shared,
             load_[l],
@@ -803,6 +813,7 @@ class Model {
   Tensor<int32_t> tokens_, targets_, positions_, decode_token_, decode_position_;
   Tensor<Real> decode_logits_;
   std::vector<Tensor<int32_t>> load_, replay_, record_;
+  std::vector<int64_t> arrived_rows_;  // of each layer's experts, where they come in passes
   std::vector<Tensor<Acc>> bias_;
   std::vector<Tensor<Real>> k_cache_, v_cache_;
 };
