@@ -49,6 +49,7 @@ struct Options {
   Layout layout;
   int world = 1;              // processes of the job
   double comm_timeout = 600;  // seconds
+  double row_headroom = 1.5;  // as in RunOptions
   bool plain_matmul = false, no_graphs = false;
   std::string experts = "auto";
 

@@ -24,6 +24,7 @@ inline RunOptions run_options(const Options& o) {
   r.graphs = !o.no_graphs && o.layout.ep == 1;  // the exchange of tokens reads its counts on the host
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
+  r.row_headroom = o.row_headroom;
   r.parallel.layout = o.layout, r.parallel.here = place(o.layout, 0);
   for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
     if (o.recompute == name_of(p)) r.recompute.assign(o.model.n_layer, p);
