@@ -212,7 +212,11 @@ class Trainer {
   void report_step() {
     auto pending = std::move(pending_.front());
     pending_.pop_front();
-    auto results = pending.results();
+    auto results = [&] {
+      if (parallel().alone()) return pending.results();
+      auto watch = parallel().world->watch("step " + std::to_string(pending.step));  // a GPU may wait for another rank's
+      return pending.results();
+    }();
     check_status(pending.step, results.status);
     StepReport r;
     r.step = pending.step, r.total_steps = total_steps_, r.learning_rate = pending.learning_rate;
@@ -466,9 +470,9 @@ void run_on_gpu(const Options& o, World& world) {
   };
   bool planning = o.dry_run && !gpu_problem().empty();  // a plan alone needs no GPU
   if (o.dtype == "fp32")
-    with(Gpu<float>(planning));
+    with(Gpu<float>(planning, world.local_rank()));
   else
-    with(Gpu<bf16>(planning));
+    with(Gpu<bf16>(planning, world.local_rank()));
 #else
   (void)o, (void)world;  // parse_options refuses --device cuda
 #endif

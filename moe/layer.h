@@ -1,7 +1,8 @@
 // One MoE layer: its ops in order, forward and backward, and what is kept between the two.
 //
 // Kept by default (policy `act`): x (N,C) and H (R,2F), 2NC + 4NKF bytes in bf16, and the routing metadata. Y, the
-// gradient of each expert row, A, gate*A and dH live in the workspace that all layers share.
+// gradient of each expert row, A, gate*A and dH live in the workspace that all layers share; so do the tokens of other ranks
+// where experts are spread over ranks, which are sent again in the backward pass.
 #pragma once
 #include "llmc/rmsnorm.h"
 #include "moe/config.h"
@@ -126,7 +127,8 @@ struct MoeLayer {
       if (record) x.op("record routing", copy_routing, record, s.top_k_index, N * K);
     }
     auto choices = spread() ? arrive(s, metadata) : s.top_k_index;
-    if (spread()) s.arrived.x = send(s, "arrived x", input, saved);
+    if (spread())
+      s.arrived.x = send(s, "arrived x", input, experts.policy == Recompute::none ? saved : Category::workspace);
     experts.route(s.experts, choices, metadata);
     Tensor<Real> out, partial;
     experts.forward(s.experts, spread() ? s.arrived.x : input, spread() ? s.arrived.gates : s.gates, saved, recomputing,
@@ -151,6 +153,10 @@ struct MoeLayer {
   // dinput (N,C): the gradient that reaches the layer's normalised input; dout is the gradient of the output.
   Tensor<Real> backward(MoeSaved<Device> s, Tensor<Real> input, Tensor<Real> dout) {
     int64_t N = router.N, C = router.C, K = router.K;
+    if (spread() && (experts.policy == Recompute::act || experts.policy == Recompute::up)) {
+      Recomputing again(x);  // ep * N rows are not kept: they come once more
+      s.arrived.x = send(s, "arrived x", input, Category::workspace);
+    }
     auto arrived_dout = spread() ? send(s, "arrived dout", dout, Category::workspace) : dout;
     auto dgates = x.template tensor<Acc>("dgates", {experts.M, K});
     Tensor<Real> dinput, partial;

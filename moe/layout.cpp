@@ -118,11 +118,6 @@ std::pair<int64_t, int64_t> experts_of(const Layout& layout, const ModelConfig& 
   return share(model.n_expert, layout.ep, ep);
 }
 
-int home_of(const Layout& layout, int64_t block, int64_t blocks) {
-  // The part whose share holds the block: share() inverted.
-  return int(((block + 1) * layout.stage_ranks() - 1) / blocks);
-}
-
 std::string describe(const Layout& layout, const ModelConfig& model) {
   std::ostringstream text;
   text << "layout: " << layout.world() << " processes, dp " << layout.dp << " tp " << layout.tp << " pp " << layout.pp

@@ -50,10 +50,5 @@ std::pair<int64_t, int64_t> share(int64_t n, int parts, int index);
 std::pair<int64_t, int64_t> layers_of(const Layout& layout, const ModelConfig& model, int pp);
 std::pair<int64_t, int64_t> experts_of(const Layout& layout, const ModelConfig& model, int ep);
 
-// The home of optimizer state: blocks of 64 rows of a logical tensor (rows, the last block shorter) are spread evenly over
-// the stage's ranks, whichever of them computes with the tensor. Returns the rank in the stage of a block.
-inline constexpr int64_t home_rows = 64;
-int home_of(const Layout& layout, int64_t block, int64_t blocks);
-
 // What --dry-run prints: a line a kind of group, with its size, its number and the first of them.
 std::string describe(const Layout& layout, const ModelConfig& model);

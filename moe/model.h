@@ -39,6 +39,19 @@ struct RunOptions {
   Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
 };
 
+// Rows of the experts of one of `ep` ranks with N tokens each: as many as its own tokens have where it has all experts, else
+// a headroom over that, and what exceeds it in further passes.
+struct ExpertRows {
+  int64_t a_pass, most;
+  int64_t passes() const { return (most + a_pass - 1) / a_pass; }
+};
+inline ExpertRows expert_rows(const ModelConfig& config, const RunOptions& run, int64_t N, int64_t ep) {
+  const int64_t share = N * config.top_k;
+  if (ep == 1) return {share, share};
+  const int64_t most = ep * N * std::min(config.top_k, config.n_expert / ep);
+  return {std::min(most, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64), most};
+}
+
 template <class Device>
 class Model {
  public:
@@ -513,18 +526,15 @@ class Model {
     Comm statistics_ranks;
     if (full && pass.training && shared_statistics())
       router.ranks = parallel.layout.stage_ranks(), statistics_ranks = parallel[Group::stage];
-    // Rows of a pass: all that N tokens have, or, where tokens come from other ranks, a headroom over them.
     ExpertShape experts = config.experts(pass.N());
-    experts.E = ranks.experts(), experts.slots = ranks.M() * config.top_k;
-    const int64_t most_rows = ranks.M() * std::min(config.top_k, experts.E);
-    if (ranks.ranks > 1)
-      experts.R = std::min(most_rows, (int64_t(options.row_headroom * double(experts.R)) + 63) / 64 * 64);
+    const ExpertRows rows = expert_rows(config, options, pass.N(), ranks.ranks);
+    experts.R = rows.a_pass, experts.E = ranks.experts(), experts.slots = ranks.M() * config.top_k;
     return {x_,
             router,
             {x_,
              experts,
              ranks.M(),
-             std::max(experts.R, ranks.ranks > 1 ? most_rows : 0),
+             rows.most,
              config.capacity(pass.N()),
              options.policy(l),
              options.dispatch,

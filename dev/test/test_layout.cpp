@@ -113,23 +113,6 @@ TEST(Layout, SharesCoverEverythingOnceAndEvenly) {
     }
 }
 
-TEST(Layout, HomesDoNotDependOnWhoComputesAndAreEven) {
-  for (const Layout& l : layouts())
-    for (int64_t blocks : {1, 5, 64, 333}) {
-      std::vector<int64_t> count(l.stage_ranks());
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int home = home_of(l, b, blocks);
-        ASSERT_TRUE(home >= 0 && home < l.stage_ranks());
-        auto [first, last] = share(blocks, l.stage_ranks(), home);
-        EXPECT_TRUE(b >= first && b < last) << b << " of " << blocks;
-        EXPECT_EQ(home, home_of(Layout{l.dp, l.tp, 1, 1, 1}, b, blocks));
-        ++count[home];
-      }
-      auto [least, most] = std::minmax_element(count.begin(), count.end());
-      EXPECT_LE(*most - *least, 1);
-    }
-}
-
 TEST(Layout, StagesMayHaveUnequalNumbersOfLayers) {
   ModelConfig model;
   model.n_layer = 7;
