@@ -31,6 +31,7 @@ class Trainer {
  public:
   Trainer(Device& dev, const Options& o, const RunOptions& run, const ModelFileInfo& info)
       : o_(o), dev_(dev), model_(dev, o.model, run), info_(info), terminal_(isatty(STDOUT_FILENO)) {}
+  const Parallel& parallel() const { return model_.parallel; }
 
   // Everything that can be refused is, before anything is written. known_tokenizer: info has that of an existing model.
   void open_data(bool known_tokenizer) {
@@ -74,9 +75,9 @@ class Trainer {
     routing_shape_ = {int32_t(o_.model.n_expert), int32_t(o_.model.top_k), int32_t(model_.N()), moe_layers};
     if (!o_.replay_routing.empty()) {
       replay_ = std::make_unique<RoutingReader>(o_.replay_routing, routing_shape_);
-      if (replay_->micro_steps() / o_.micro_steps() < last_step())
+      if (replay_->micro_steps() / (o_.micro_steps() * o_.layout.dp) < last_step())
         fail("--replay-routing ", o_.replay_routing, ": holds ", replay_->micro_steps(), " micro-steps; ", last_step(),
-             " steps of ", o_.micro_steps(), " are to be run");
+             " steps of ", o_.micro_steps() * o_.layout.dp, " are to be run");
     }
     if (!o_.record_routing.empty()) check_record_path();
   }
@@ -84,6 +85,7 @@ class Trainer {
   // source: the directory that weights come from; empty: none.
   void start(const std::string& source, const std::string& model_type) {
     if (!source.empty()) check_weights(model_, source, model_type);
+    if (!parallel().alone()) parallel().host.barrier("start");  // nobody looks at --out any more
     size_t free_before = device_free_bytes(dev_);
     model_.allocate();
     print_device_memory(dev_, free_before, model_.arena().allocated_bytes());
@@ -113,7 +115,7 @@ class Trainer {
       model_.initialise(o_.seed);
     }
     peak_ = peak_flops(dev_);
-    log_ = Logger(o_.out, o_.resume);
+    if (parallel().lead()) log_ = Logger(o_.out, o_.resume);
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
     std::printf(
@@ -135,25 +137,32 @@ class Trainer {
       return;
     }
     int64_t saved = o_.resume ? step_ : -1;
-    while (step_ < end && !stop_requested) {
+    while (step_ < end && !stop()) {
       one_step();
       bool last = step_ == end;
       auto every = [&](int64_t n) { return n && step_ % n == 0; };
-      if (last || stop_requested || every(o_.eval_every) || every(o_.sample_every) || every(o_.checkpoint_every))
+      const bool stopped = stop();
+      if (last || stopped || every(o_.eval_every) || every(o_.sample_every) || every(o_.checkpoint_every))
         report_all();
-      if (val_ && !stop_requested && (last || every(o_.eval_every))) evaluate();
-      if (o_.sample_every && !stop_requested && (last || every(o_.sample_every))) sample();
+      if (val_ && !stopped && (last || every(o_.eval_every))) evaluate();
+      if (o_.sample_every && !stopped && (last || every(o_.sample_every))) sample();
       if (every(o_.checkpoint_every)) save(), saved = step_;
     }
     report_all();
     if (saved != step_) save();
     if (record_) record_->close();
-    if (stop_requested && step_ < end)
+    if (stop() && step_ < end)
       std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
+
+  // Has a rank been asked to stop? All of them do then, after the same step.
+  bool stop() const {
+    const int32_t here = stop_requested;
+    return parallel().alone() ? here : parallel().host.max(here, "stop requests");
+  }
 
   int64_t last_step() const { return o_.stop_after ? std::min(o_.stop_after, total_steps_) : total_steps_; }
 
@@ -175,20 +184,22 @@ class Trainer {
     p.step = step_ + 1;
     p.learning_rate = learning_rate(schedule_, step_);
     p.loss_scale = 1.0 / double(o_.total_batch_tokens);
-    p.micro_step_scale = 1.0 / double(o_.micro_steps());
+    p.micro_step_scale = 1.0 / double(o_.micro_steps() * o_.layout.dp);
     if (pending_.empty()) step_began_ = Clock::now();
     model_.set_params(p);
     model_.start_step();
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
-    for (int64_t micro = 0; micro < o_.micro_steps(); ++micro) {
+    for (int64_t i = 0; i < o_.micro_steps(); ++i) {
+      const int64_t micro = i * o_.layout.dp + parallel().here.dp;  // of those that all ranks take in this step
+      const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // taken before
       for (int64_t b = 0; b < o_.batch_size; ++b) {
         int64_t sample = (o_.overfit_one_batch ? 0 : next_sample_) + micro * o_.batch_size + b;
         train_->sample(sample, &tokens[b * o_.seq_len], &targets[b * o_.seq_len]);
       }
       model_.set_batch(tokens.data(), targets.data());
-      routing(step_ * o_.micro_steps() + micro, true);
+      routing(all + micro, true);
       model_.micro_step();
-      routing(step_ * o_.micro_steps() + micro, false);
+      routing(all + micro, false);
     }
     model_.update();
     ++step_;
@@ -201,7 +212,11 @@ class Trainer {
   void report_step() {
     auto pending = std::move(pending_.front());
     pending_.pop_front();
-    auto results = pending.results();
+    auto results = [&] {
+      if (parallel().alone()) return pending.results();
+      auto watch = parallel().world->watch("step " + std::to_string(pending.step));  // a GPU may wait for another rank's
+      return pending.results();
+    }();
     check_status(pending.step, results.status);
     StepReport r;
     r.step = pending.step, r.total_steps = total_steps_, r.learning_rate = pending.learning_rate;
@@ -273,7 +288,8 @@ class Trainer {
     model_.set_params(p);
     double sum = 0;
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
-    for (int64_t w = 0; w < val_->eval_windows(); w += o_.batch_size) {
+    for (int64_t first = 0; first < val_->eval_windows(); first += o_.batch_size * o_.layout.dp) {
+      const int64_t w = first + parallel().here.dp * o_.batch_size;
       for (int64_t b = 0; b < o_.batch_size; ++b) {
         int32_t *in = &tokens[b * o_.seq_len], *out = &targets[b * o_.seq_len];
         if (w + b < val_->eval_windows())
@@ -285,6 +301,7 @@ class Trainer {
       model_.evaluate();
       sum += model_.read_stats().loss;
     }
+    if (!parallel().alone()) sum = parallel().host.sum(sum, "validation loss");
     double loss = sum / double(val_->eval_targets());
     log_.validation(step_, loss);
     log_.record({{"step", step_}, {"val_loss", loss}});
@@ -354,13 +371,17 @@ std::string checkpoint_directory(const char* option, const std::string& dir) {
 }
 
 template <class Device>
-void train_main(Options o, Device& dev) {
+void train_main(Options o, Device& dev, World& world) {
   if (!o.init_from.empty()) o.init_from = checkpoint_directory("--init-from", o.init_from);
   std::string source = o.resume ? find_latest(o.out) : o.init_from, model_type;
   ModelFileInfo info;
   if (!source.empty()) o.model = model_of(source, o, info, model_type);
   check_limits<Device>(o.model, o.batch_size, o.seq_len);
   RunOptions run = run_options(o);
+  if (o.world > 1 && o.dry_run)
+    std::fputs(describe(o.layout, o.model).c_str(), stdout);
+  else
+    run.parallel = open_parallel(world, dev, o.layout);
   choose_policies(dev, o, run);
   if (o.memory_report || o.dry_run) print_report(dev, o, run);
   if (o.dry_run) return;
@@ -430,56 +451,68 @@ void export_main(Options o, Device& dev) {
 }
 
 template <class Device>
-void run(const Options& o, Device&& dev) {
+void run(const Options& o, Device&& dev, World& world) {
   dev.plain_matmul = o.plain_matmul;
   if (o.generate)
     generate_main(o, dev);
   else if (!o.export_format.empty())
     export_main(o, dev);
   else
-    train_main(o, dev);
+    train_main(o, dev, world);
 }
 
-void run_on_gpu(const Options& o) {
+void run_on_gpu(const Options& o, World& world) {
 #ifdef GPT_MOE_CUDA
   auto with = [&]<class Device>(Device&& dev) {
     dev.portable = o.experts == "portable";
     if (o.experts == "hopper" && !dev.gpu_name.empty()) hopper::require(dev, o.model.experts(1));
-    run(o, std::forward<Device>(dev));
+    run(o, std::forward<Device>(dev), world);
   };
   bool planning = o.dry_run && !gpu_problem().empty();  // a plan alone needs no GPU
   if (o.dtype == "fp32")
-    with(Gpu<float>(planning));
+    with(Gpu<float>(planning, world.local_rank()));
   else
-    with(Gpu<bf16>(planning));
+    with(Gpu<bf16>(planning, world.local_rank()));
 #else
-  (void)o;  // parse_options refuses --device cuda
+  (void)o, (void)world;  // parse_options refuses --device cuda
 #endif
 }
 
 }  // namespace
 
+// One line, whatever a file's name or content put into it.
+std::string one_line(std::string text) {
+  for (char& c : text)
+    if ((c >= 0 && c < ' ') || c == 127) c = '?';
+  return "train_gpt_moe: " + text;
+}
+
 int main(int argc, char** argv) {
+  std::unique_ptr<World> world;
+  auto end = [&](const std::string& line) {
+    if (world && world->size() > 1) world->abort(line);  // every rank ends
+    std::fprintf(stderr, "%s\n", line.c_str());
+    return 1;
+  };
   try {
-    Options o = parse_options(argc, argv);
+    world = std::make_unique<World>();
+    Options o = parse_options(argc, argv, world->size());
+    world->set_timeout(o.comm_timeout);
+    if (world->rank() > 0 && !std::freopen("/dev/null", "w", stdout)) fail("/dev/null: ", errno_text());
     std::signal(SIGINT, [](int) { stop_requested = 1; });
     std::signal(SIGTERM, [](int) { stop_requested = 1; });
     if (o.device == "cuda")
-      run_on_gpu(o);
+      run_on_gpu(o, *world);
     else if (o.dtype == "fp32")
-      run(o, Cpu<float>());
+      run(o, Cpu<float>(), *world);
     else if (o.dtype == "bf16")
-      run(o, Cpu<bf16>());
+      run(o, Cpu<bf16>(), *world);
     else
-      run(o, Cpu<double>());
+      run(o, Cpu<double>(), *world);
+    return 0;
   } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs\n");
-    return 1;
+    return end("train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs");
   } catch (const std::exception& e) {
-    std::string line = e.what();  // one line, whatever a file's name or content put into it
-    for (char& c : line)
-      if ((c >= 0 && c < ' ') || c == 127) c = '?';
-    std::fprintf(stderr, "train_gpt_moe: %s\n", line.c_str());
-    return 1;
+    return end(one_line(e.what()));
   }
 }

@@ -1,5 +1,5 @@
-// Walking all parameters at once: the work of the update is cut into blocks of 64 logical rows, numbered as in the table
-// of norm partials, so that tensors of any size share the GPU evenly.
+// Walking all parameters at once: the work of the update is cut into blocks of 64 logical rows, numbered view by view, so
+// that tensors of any size share the GPU evenly.
 #pragma once
 #include "llmc/cuda_common.cuh"
 #include "llmc/parameters.h"
@@ -8,8 +8,9 @@ inline constexpr int view_threads = 256;
 
 template <class Device>
 __device__ int64_t view_blocks(const ParameterView<Device>* views, int64_t n_views) {
+  if (n_views == 0) return 0;
   const ParameterView<Device>& last = views[n_views - 1];
-  return last.first_partial + (last.rows + norm_block_rows - 1) / norm_block_rows;
+  return last.first_block + norm_blocks(last.rows);
 }
 // The view that holds row block b.
 template <class Device>
@@ -17,7 +18,7 @@ __device__ int64_t view_of_block(const ParameterView<Device>* views, int64_t n_v
   int64_t low = 0, high = n_views - 1;
   while (low < high) {
     int64_t middle = (low + high + 1) / 2;
-    if (views[middle].first_partial <= b)
+    if (views[middle].first_block <= b)
       low = middle;
     else
       high = middle - 1;
@@ -28,7 +29,7 @@ __device__ int64_t view_of_block(const ParameterView<Device>* views, int64_t n_v
 // thread's. cols is a multiple of W.
 template <int W, class Device, class F>
 __device__ void each_piece(const ParameterView<Device>& p, int64_t b, F f) {
-  int64_t row0 = (b - p.first_partial) * norm_block_rows;
+  int64_t row0 = (b - p.first_block) * norm_block_rows;
   int rows = int(p.rows - row0 < norm_block_rows ? p.rows - row0 : norm_block_rows);
   unsigned pieces = unsigned(p.cols / W), total = unsigned(rows) * pieces;
 #pragma unroll 4

@@ -29,12 +29,11 @@ void global_norm_partials(Device&, typename Device::Acc* partials, const Paramet
 
 template <class Device>
 void update_decision(Device&, StepStats* stats, OutlierState* outliers, const typename Device::Acc* partials,
-                     const ParameterView<Device>* views, int64_t n_views, int64_t n_partials, UpdateRules rules) {
+                     const int64_t* first_partials, int64_t n_tensors, UpdateRules rules) {
   double sum = 0;
-  for (int64_t i = 0; i < n_views; ++i) {
-    int64_t end = i + 1 < n_views ? views[i + 1].first_partial : n_partials;
+  for (int64_t i = 0; i < n_tensors; ++i) {
     double tensor = 0;
-    for (int64_t j = views[i].first_partial; j < end; ++j) tensor += double(partials[j]);
+    for (int64_t j = first_partials[i]; j < first_partials[i + 1]; ++j) tensor += double(partials[j]);
     if (!std::isfinite(tensor) && stats->bad_tensor == -1) stats->bad_tensor = int32_t(i);
     sum += tensor;
   }
@@ -44,7 +43,7 @@ void update_decision(Device&, StepStats* stats, OutlierState* outliers, const ty
 #define INSTANTIATE(Real)                                                                                    \
   template void global_norm_partials(Cpu<Real>&, Cpu<Real>::Acc*, const ParameterView<Cpu<Real>>*, int64_t); \
   template void update_decision(Cpu<Real>&, StepStats*, OutlierState*, const Cpu<Real>::Acc*,                \
-                                const ParameterView<Cpu<Real>>*, int64_t, int64_t, UpdateRules);
+                                const int64_t*, int64_t, UpdateRules);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(view_threads, 4)  // 64 registers, which the b
   int64_t blocks = view_blocks(views, n_views);
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
     const ParameterView<Device> p = views[view_of_block(views, n_views, b)];
-    const int64_t row0 = (b - p.first_partial) * norm_block_rows;
+    const int64_t block = b - p.first_block, row0 = block * norm_block_rows;
     const int rows = int(min(p.rows - row0, norm_block_rows));
     if (int(threadIdx.x) < rows) first[threadIdx.x] = p.map(row0 + threadIdx.x) * p.cols;
     __syncthreads();
@@ -65,23 +65,21 @@ __global__ void __launch_bounds__(view_threads, 4)  // 64 registers, which the b
                     ? sum_squares(static_cast<const float*>(p.grad.data), second, first, rows, p.cols)
                     : sum_squares(static_cast<const typename Device::Real*>(p.grad.data), second, first, rows, p.cols);
     sum = block_sum(sum);  // its barriers also part this round's reads of `first` from the next's writes
-    if (threadIdx.x == 0) partials[b] = sum;
+    if (threadIdx.x == 0) partials[p.first_partial + block] = sum;
   }
 }
 
-template <class Device>
 __global__ void __launch_bounds__(1024)
-    decide(StepStats* stats, OutlierState* outliers, const float* partials, const ParameterView<Device>* views,
-           int64_t n_views, int64_t n_partials, UpdateRules rules) {
+    decide(StepStats* stats, OutlierState* outliers, const float* partials, const int64_t* first_partials,
+           int64_t n_tensors, UpdateRules rules) {
   __shared__ int bad;
   if (threadIdx.x == 0) bad = INT_MAX;
   __syncthreads();
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double sum = 0;
-  for (int64_t i = warp; i < n_views; i += 32) {  // a warp a tensor
-    int64_t end = i + 1 < n_views ? views[i + 1].first_partial : n_partials;
+  for (int64_t i = warp; i < n_tensors; i += 32) {  // a warp a tensor
     double tensor = 0;
-    for (int64_t j = views[i].first_partial + lane; j < end; j += 32) tensor += double(partials[j]);
+    for (int64_t j = first_partials[i] + lane; j < first_partials[i + 1]; j += 32) tensor += double(partials[j]);
     tensor = warp_sum(tensor);
     if (lane > 0) continue;
     if (!isfinite(tensor)) atomicMin(&bad, int(i));
@@ -106,13 +104,13 @@ void global_norm_partials(Device& dev, typename Device::Acc* partials, const Par
 
 template <class Device>
 void update_decision(Device& dev, StepStats* stats, OutlierState* outliers, const typename Device::Acc* partials,
-                     const ParameterView<Device>* views, int64_t n_views, int64_t n_partials, UpdateRules rules) {
-  launch(dev, decide<Device>, 1, 1024, 0, stats, outliers, partials, views, n_views, n_partials, rules);
+                     const int64_t* first_partials, int64_t n_tensors, UpdateRules rules) {
+  launch(dev, decide, 1, 1024, 0, stats, outliers, partials, first_partials, n_tensors, rules);
 }
 
 #define INSTANTIATE(Real)                                                                                             \
   template void global_norm_partials(Gpu<Real>&, float*, const ParameterView<Gpu<Real>>*, int64_t);                   \
-  template void update_decision(Gpu<Real>&, StepStats*, OutlierState*, const float*, const ParameterView<Gpu<Real>>*, \
-                                int64_t, int64_t, UpdateRules);
+  template void update_decision(Gpu<Real>&, StepStats*, OutlierState*, const float*, const int64_t*, int64_t,         \
+                                UpdateRules);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

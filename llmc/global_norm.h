@@ -6,7 +6,8 @@
 #include "llmc/parameters.h"
 #include "llmc/step.h"
 
-// partials (n_partials) Acc: sum of squares of each block of 64 logical rows of each view, at view.first_partial.
+// partials (n_partials) Acc: sum of squares of each block of 64 logical rows of each view, at view.first_partial. Blocks
+// that no view has are left alone.
 template <class Device>
 void global_norm_partials(Device& dev, typename Device::Acc* partials, const ParameterView<Device>* views,
                           int64_t n_views);
@@ -25,12 +26,13 @@ struct UpdateRules {
   double skip_norm_z = 0;  // likewise the gradient norm
 };
 
-// Sums partials in table order; writes stats->grad_norm, clip = min(1, clip_norm / norm), bad_tensor (index of the
-// first view whose partials are not finite), skip, and the z-scores; updates the detector (a skipped outlier enters its
-// window, a NaN does not).
+// Sums partials in table order, those of tensor i being [first_partials[i], first_partials[i + 1]) (n_tensors + 1 values);
+// writes stats->grad_norm, clip = min(1, clip_norm / norm), bad_tensor (index of the first tensor whose partials are not
+// finite; -2 where the loss is not), skip, and the z-scores; updates the detector (a skipped outlier enters its window, a
+// NaN does not).
 template <class Device>
 void update_decision(Device& dev, StepStats* stats, OutlierState* outliers, const typename Device::Acc* partials,
-                     const ParameterView<Device>* views, int64_t n_views, int64_t n_partials, UpdateRules rules);
+                     const int64_t* first_partials, int64_t n_tensors, UpdateRules rules);
 
 // What follows from the norm, for update_decision() of every device: clip factor, skip, the detector's z-scores and its
 // next state. sum: of squares; stats->bad_tensor is set.
@@ -46,6 +48,7 @@ HOST_DEVICE inline double z_score(const double* window, int64_t count, double va
 HOST_DEVICE inline void decide_update(StepStats* stats, OutlierState* outliers, double sum, const UpdateRules& rules) {
   stats->grad_norm = std::sqrt(sum);
   stats->clip = rules.clip_norm > 0 && stats->grad_norm > rules.clip_norm ? rules.clip_norm / stats->grad_norm : 1.0;
+  if (!std::isfinite(stats->loss)) stats->bad_tensor = -2;
   stats->skip = stats->bad_tensor != -1;
   stats->loss_z = stats->norm_z = 0;
   if (stats->skip) return;

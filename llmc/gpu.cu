@@ -42,13 +42,18 @@ std::string gpu_problem() {
   return "";
 }
 
-GpuBase::GpuBase(bool planning) : staging_(std::make_unique<Staging>()) {
+GpuBase::GpuBase(bool planning, int local_rank) : staging_(std::make_unique<Staging>()) {
   if (planning) return;
   std::string problem = gpu_problem();
   if (!problem.empty()) fail("--device cuda: ", problem);
-  CUDA_CHECK(cudaSetDevice(0));
+  int count = 0;
+  CUDA_CHECK(cudaGetDeviceCount(&count));
+  if (count > 1 && local_rank >= count)
+    fail("--device cuda: process ", local_rank, " of this host (from 0), but ", count, " GPUs are visible; start one a GPU");
+  const int device = count > 1 ? local_rank : 0;
+  CUDA_CHECK(cudaSetDevice(device));
   cudaDeviceProp properties;
-  CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
   gpu_name = properties.name, multiprocessors = properties.multiProcessorCount;
   shared_bytes_per_block = properties.sharedMemPerBlockOptin;
   capability = properties.major * 10 + properties.minor;

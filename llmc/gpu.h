@@ -29,8 +29,9 @@ class GpuBase {
   DeviceStatus* status = nullptr;
   int layer = -1;
 
-  // planning: for memory plans only, no GPU needed. Errors: no GPU of compute capability 8.0 or later answers.
-  explicit GpuBase(bool planning = false);
+  // planning: for memory plans only, no GPU needed. local_rank: of the processes of this host, each of which takes a GPU
+  // (or sees no other). Errors: no GPU of compute capability 8.0 or later answers; fewer GPUs than processes.
+  explicit GpuBase(bool planning = false, int local_rank = 0);
   ~GpuBase();
   GpuBase(const GpuBase&) = delete;
   GpuBase& operator=(const GpuBase&) = delete;

@@ -8,27 +8,44 @@
 #include <vector>
 
 #include "llmc/gradient.h"
+#include "llmc/homes.h"
 
-enum class Init { zeros, ones, normal, residual };       // normal: N(0, 0.02); residual: N(0, 0.02/sqrt(2L))
-enum class Shard { replicated, rows, columns, expert };  // how tensor and expert parallelism cut it
+enum class Init { zeros, ones, normal, residual };  // normal: N(0, 0.02); residual: N(0, 0.02/sqrt(2L))
 
 // Row i is physical row first + (i / block) * stride + i % block.
 struct RowMap {
   int64_t first = 0, block = 1, stride = 1;
   constexpr int64_t operator()(int64_t i) const { return first + i / block * stride + i % block; }
+  // How many of `rows` rows lie before physical row `end`.
+  constexpr int64_t before(int64_t end, int64_t rows) const {
+    if (end <= first) return 0;
+    int64_t whole = (end - first) / stride, rest = (end - first) % stride;
+    int64_t n = whole * block + (rest < block ? rest : block);
+    return n < rows ? n : rows;
+  }
 };
 
 struct Parameter {
   std::string name;
-  int64_t rows = 1, cols = 1;  // a vector has rows 1
+  int64_t rows = 1, cols = 1;  // of the whole tensor; a vector has rows 1
   bool vector = false;         // written to files as shape (cols)
   Init init = Init::normal;
   bool decay = false;  // matrices only
-  Shard shard = Shard::replicated;
   int layer = -1;
-  int buffer = -1;
-  RowMap map;
-  int64_t first_partial = 0;  // its first 64-row block in the table of norm partials
+  int buffer = -1;  // that holds the part below; -1: this rank has no part of it
+  RowMap map;       // from a part's rows to those of the buffer's space (homes.h)
+  // Ranks cut it into `cuts` parts of part_rows x part_cols, by rows or by columns; slab 0 of the buffer's space is part
+  // `cut`. Each part has norm partials of its own.
+  int cuts = 1, cut = 0;
+  bool cut_rows = false;
+  int64_t first_partial = 0;  // the first 64-row block of its first part in the table of norm partials
+
+  int64_t part_rows() const { return cut_rows ? (rows + cuts - 1) / cuts : rows; }
+  int64_t part_cols() const { return cut_rows ? cols : cols / cuts; }
+  // Of part c: its first row and column in the whole, and its rows (the last part may have fewer).
+  int64_t row_of(int c) const { return cut_rows ? c * part_rows() : 0; }
+  int64_t col_of(int c) const { return cut_rows ? 0 : c * part_cols(); }
+  int64_t rows_of(int c) const { return std::clamp<int64_t>(rows - row_of(c), 0, part_rows()); }
 };
 
 // A parameter as the update ops see it, in device memory. Pointers are to the first element of the buffer.
@@ -42,9 +59,11 @@ struct ParameterView {
   RowMap map;
   int64_t rows, cols, first_partial;
   bool decay;
+  int64_t first_block = first_partial;  // blocks of 64 rows in the views before it: views() leave out other ranks' rows
 };
 
 inline constexpr int64_t norm_block_rows = 64;
+constexpr int64_t norm_blocks(int64_t rows) { return (rows + norm_block_rows - 1) / norm_block_rows; }
 
 template <class Device>
 class ParameterTable {
@@ -55,18 +74,28 @@ class ParameterTable {
 
   struct Buffer {
     std::string name;
-    int64_t rows, cols;
+    int64_t rows, cols;  // what this rank computes with
     Tensor<Real> weight;
     GradTensor<Device> grad, second_grad;
+    // Of the rows of its optimizer state that are at home on this rank (homes.h), as (slabs, home rows, cols):
+    Homes homes;
     Tensor<Acc> master, m, v;
+    Tensor<Acc> sum, second_sum;  // the gradient summed over the ranks; null where this rank's is the whole of it
+    Tensor<Real> updated;         // new weights that are not this rank's to compute with; null where all are
+
+    int64_t home_rows() const { return homes.home_end() - homes.home_begin(); }
+    int64_t home_size() const { return homes.slabs * home_rows() * cols; }
   };
 
-  // Declares a buffer (rows, cols) and its state on the plan. `train` false: weights only. wide_grad: the gradient is
-  // Acc. second_grad: one more Acc gradient of the same shape (tied embeddings). written_grad: a step's only writer of the
+  // Declares a buffer and its state on the plan. `train` false: weights only. wide_grad: the gradient is Acc.
+  // second_grad: one more Acc gradient of the same shape (tied embeddings). written_grad: a step's only writer of the
   // gradient writes it (gradient.h).
-  int add_buffer(Plan& plan, const std::string& name, int64_t rows, int64_t cols, bool train, bool wide_grad,
+  int add_buffer(Plan& plan, const std::string& name, const Homes& homes, int64_t cols, bool train, bool wide_grad,
                  bool second_grad = false, bool written_grad = false) {
-    Buffer b{name, rows, cols, plan.persistent<Real>(name, {rows, cols}, Category::weights), {}, {}, {}, {}, {}};
+    int64_t rows = homes.mine().rows;
+    Buffer b;
+    b.name = name, b.rows = rows, b.cols = cols, b.homes = homes;
+    b.weight = plan.persistent<Real>(name, {rows, cols}, Category::weights);
     if (train) {
       auto gradient = [&](bool wide, const char* suffix) {
         GradTensor<Device> g;
@@ -79,9 +108,17 @@ class ParameterTable {
       b.grad = gradient(wide_grad, ".grad");
       b.grad.add = !written_grad;
       if (second_grad) b.second_grad = gradient(true, ".grad2");
-      if (has_master) b.master = plan.persistent<Acc>(name + ".master", {rows, cols}, Category::optimizer);
-      b.m = plan.persistent<Acc>(name + ".m", {rows, cols}, Category::optimizer);
-      b.v = plan.persistent<Acc>(name + ".v", {rows, cols}, Category::optimizer);
+      std::vector<int64_t> home{homes.slabs * b.home_rows(), cols};
+      auto state = [&]<class T>(Tensor<T>& t, const char* suffix, Category category) {
+        if (b.home_size()) t = plan.persistent<T>(name + suffix, home, category);
+      };
+      if (has_master || !homes.home_is_mine()) state(b.master, ".master", Category::optimizer);
+      state(b.m, ".m", Category::optimizer), state(b.v, ".v", Category::optimizer);
+      if (!homes.gradient_is_mine()) {
+        state(b.sum, ".sum", Category::gradients);
+        if (second_grad) state(b.second_sum, ".sum2", Category::gradients);
+      }
+      if (has_master && !homes.home_is_mine()) state(b.updated, ".updated", Category::weights);
     }
     buffers_.push_back(b);
     return int(buffers_.size()) - 1;
@@ -89,7 +126,7 @@ class ParameterTable {
 
   void add(Parameter p) {
     p.first_partial = n_partials_;
-    n_partials_ += (p.rows + norm_block_rows - 1) / norm_block_rows;
+    n_partials_ += p.cuts * norm_blocks(p.part_rows());
     parameters_.push_back(std::move(p));
   }
 
@@ -97,20 +134,61 @@ class ParameterTable {
   const Buffer& buffer(int i) const { return buffers_[i]; }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   int64_t partials() const { return n_partials_; }
+  // Where each tensor's norm partials begin, and where the last one's end.
+  std::vector<int64_t> first_partials() const {
+    std::vector<int64_t> first;
+    for (const Parameter& p : parameters_) first.push_back(p.first_partial);
+    first.push_back(n_partials_);
+    return first;
+  }
 
+  // Weights of the rows at home here: where they stand if this rank computes with them all, else new ones by themselves.
+  static Real* home_weight(const Buffer& b) {
+    if (b.homes.home_is_mine()) return b.weight + (b.homes.home_begin() - b.homes.mine().row) * b.cols;
+    if constexpr (!has_master) return b.master;
+    return b.updated;
+  }
+
+  // What this rank updates: of every tensor the rows that are at home here, each slab of columns by itself. Addresses
+  // are 0 before the arena is allocated.
   std::vector<ParameterView<Device>> views() const {
     std::vector<ParameterView<Device>> views;
+    int64_t blocks = 0;
     for (const Parameter& p : parameters_) {
+      if (p.buffer < 0) continue;
       const Buffer& b = buffers_[p.buffer];
-      Acc* master = b.master;
-      if constexpr (!has_master) master = b.weight;
-      views.push_back(
-          {b.weight, master, b.m, b.v, b.grad, b.second_grad, p.map, p.rows, p.cols, p.first_partial, p.decay});
+      int64_t begin = b.homes.home_begin(), end = b.homes.home_end();
+      for (int slab = 0; slab < b.homes.slabs; ++slab) {
+        int cut = p.cut + slab;
+        int64_t row0 = p.map.before(begin, p.rows_of(cut)), row1 = p.map.before(end, p.rows_of(cut));
+        if (row0 == row1) continue;
+        RowMap map{p.map(row0) - begin, p.map.block, p.map.stride};
+        int64_t at = slab * b.home_rows() * b.cols, mine = (begin - b.homes.mine().row) * b.cols;
+        ParameterView<Device> v{};
+        v.weight = home_weight(b) + at;
+        v.m = b.m + at, v.v = b.v + at;
+        if constexpr (has_master)
+          v.master = b.master + at;
+        else
+          v.master = v.weight;
+        v.grad = b.sum ? Grad<Device>{b.sum + at, true} : shifted(b.grad, mine);
+        if (b.second_grad.tensor())
+          v.second_grad = b.second_sum ? Grad<Device>{b.second_sum + at, true} : shifted(b.second_grad, mine);
+        v.map = map, v.rows = row1 - row0, v.cols = b.cols, v.decay = p.decay;
+        v.first_partial = p.first_partial + cut * norm_blocks(p.part_rows()) + row0 / norm_block_rows;
+        v.first_block = blocks, blocks += norm_blocks(v.rows);
+        views.push_back(v);
+      }
     }
     return views;
   }
 
  private:
+  static Grad<Device> shifted(Grad<Device> g, int64_t n) {
+    g.visit([&](auto* p) { g.data = p + n; });
+    return g;
+  }
+
   std::vector<Buffer> buffers_;
   std::vector<Parameter> parameters_;
   int64_t n_partials_ = 0;

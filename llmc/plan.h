@@ -156,6 +156,7 @@ class Executor {
   Plan& plan;
   OpObserver observer;
   bool recomputing = false;  // the ops of the moment make again what the forward pass did not keep
+  bool skipping = false;     // they would have nothing to do, and are not called
 
   bool planning() const { return arena_ == nullptr; }
   void run_with(Arena<Device>* arena) { arena_ = arena; }
@@ -190,9 +191,11 @@ class Executor {
       (stamp(args, tick), ...);
       return;
     }
-    device.layer = plan.layer();
-    function(device, static_cast<Params>(args)...);
-    if (observer) observer(name, plan.layer());
+    if (!skipping) {
+      device.layer = plan.layer();
+      function(device, static_cast<Params>(args)...);
+      if (observer) observer(name, plan.layer());
+    }
     if (arena_->separate()) (poison(args), ...);
     ++tick_;
   }

@@ -21,7 +21,7 @@ void combine(Device&, typename Device::Real* out, const typename Device::Real* r
         const Real* y = rows + row * C + c0;
         for (int64_t c = 0; c < n; ++c) sum[c] += gate * Acc(y[c]);
       }
-      for (int64_t c = 0; c < n; ++c) out[t * C + c0 + c] = Real(Acc(addend[t * C + c0 + c]) + sum[c]);
+      for (int64_t c = 0; c < n; ++c) out[t * C + c0 + c] = Real((addend ? Acc(addend[t * C + c0 + c]) : Acc(0)) + sum[c]);
     }
 }
 

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(warps * 32)
   int64_t t = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
   if (t >= N) return;
   for (int64_t c = int64_t(threadIdx.x % 32) * W; c < C; c += 32 * W) {
-    Chunk start = *reinterpret_cast<const Chunk*>(addend + t * C + c);
+    Chunk start = {};
+    if (addend) start = *reinterpret_cast<const Chunk*>(addend + t * C + c);
     float sum[W] = {};
     for (int k0 = 0; k0 < K; k0 += batch) {
       Chunk y[batch];

@@ -3,7 +3,7 @@
 #include "llmc/device.h"
 
 // out (N,C) = addend + sum over k of gates[t,k] * rows[slot_row[t,k]], k ascending, in Acc; dropped slots add nothing.
-//   forward:  addend is the residual stream, rows are Y
+//   forward:  addend is the residual stream (null: 0), rows are Y
 //   backward: gates is null (1), addend the router's part of dx, rows the gradient of each expert row
 // out may be the same memory as addend.
 template <class Device>

@@ -100,7 +100,7 @@ void experts_down_backward(Device& dev, typename Device::Real* dh, typename Devi
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
   int64_t C = s.C, F = s.F;
-  std::fill_n(dgates, s.R, Acc(0));  // dropped slots
+  std::fill_n(dgates, s.n_slots(), Acc(0));  // slots without a row
   for_each_row_tile(offsets, s.E, [&](int64_t e, int64_t r, int64_t rows) {
     Acc* copy = thread_share<Acc>(scratch, share<Acc, Real>(s));
     Acc *da = copy + tile_rows * std::max(C, 2 * F), *weight = da + tile_rows * std::max(C, 2 * F);

@@ -89,7 +89,7 @@ void experts_down_backward(Device& dev, typename Device::Real* dh, typename Devi
       }
     plain::down_backward(dev, dh, a_scaled, partial, dout, w2, h, gates, offsets, row_slot, slot_of_row, s);
   }();
-  dev.zero(dgates, s.R * sizeof(*dgates));  // dropped slots
+  dev.zero(dgates, s.n_slots() * sizeof(*dgates));  // slots without a row
   launch(dev, sum_dgates, dim3(ceil_div(s.R, 256)), dim3(256), 0, dgates, partial, offsets, slot_of_row, int(s.E), s.R,
          int(ceil_div(s.F, dgate_columns)));
 }

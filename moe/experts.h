@@ -10,7 +10,9 @@
 #include "llmc/gradient.h"
 
 struct ExpertShape {
-  int64_t R, K, E, C, F;  // R: rows that buffers hold (N*K); K: slots of a token
+  int64_t R, K, E, C, F;  // R: rows that buffers hold; K: slots of a token
+  int64_t slots = 0;      // of all tokens: N*K; 0: R
+  int64_t n_slots() const { return slots ? slots : R; }
 };
 
 // Physical row, inside W13 of an expert, of row f of its gate (up = false) or up projection.

@@ -1,38 +1,15 @@
 // One MoE layer: its ops in order, forward and backward, and what is kept between the two.
 //
 // Kept by default (policy `act`): x (N,C) and H (R,2F), 2NC + 4NKF bytes in bf16, and the routing metadata. Y, the
-// gradient of each expert row, A, gate*A and dH live in the workspace that all layers share. A forward pass whose H no
-// backward pass will read (evaluation, decoding, the first of two under policies `up` and `block`) does not make it.
+// gradient of each expert row, A, gate*A and dH live in the workspace that all layers share; so do the tokens of other ranks
+// where experts are spread over ranks, which are sent again in the backward pass. A forward pass whose H no backward pass
+// will read (evaluation, decoding, the first of two under policies `up` and `block`) does not make it.
 #pragma once
-#include "llmc/matmul.h"
 #include "llmc/rmsnorm.h"
-#include "llmc/swiglu.h"
-#include "moe/combine.h"
 #include "moe/config.h"
-#include "moe/dispatch.h"
-#include "moe/experts.h"
+#include "moe/expert_mlp.h"
+#include "moe/expert_parallel.h"
 #include "moe/router.h"
-
-// What is computed again in the backward pass, in ascending order of saving:
-//   none  nothing: A is kept too    act  A    up  H and A (only x is kept)    block  the whole layer (only its input)
-enum class Recompute { none, act, up, block };
-enum class Dispatch { zero_buffer, materialized };
-const char* name_of(Recompute r);
-const char* name_of(Dispatch d);
-constexpr Dispatch other_dispatch(Dispatch d) {
-  return d == Dispatch::zero_buffer ? Dispatch::materialized : Dispatch::zero_buffer;
-}
-
-// Weights and gradients of an MLP, and its activations between forward and backward.
-template <class Device>
-struct MlpWeights {
-  Tensor<typename Device::Real> w13, w2;
-  GradTensor<Device> dw13, dw2;
-};
-template <class Device>
-struct MlpSaved {
-  Tensor<typename Device::Real> h, a;
-};
 
 // A dense SwiGLU MLP of width F: the shared expert, and the layers that have no experts.
 template <class Device>
@@ -85,15 +62,22 @@ struct DenseMlp {
   }
 };
 
+// The tokens that this rank's experts compute with, where experts are spread over ranks (expert_parallel.h).
+template <class Device>
+struct ArrivedTokens {
+  Tensor<typename Device::Real> x;    // (M,C)
+  Tensor<typename Device::Acc> gates;  // (M,K)
+  Tensor<int32_t> position, counts;    // (N,ranks), (ranks,ranks)
+};
+
 template <class Device>
 struct MoeSaved {
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
-  Tensor<Real> rows;         // (R,C) gathered x, --dispatch materialized only
-  MlpSaved<Device> experts;  // h (R,2F), a (R,F)
-  Tensor<Acc> gates, lse;    // (N,K), (N)
+  Tensor<Acc> gates, lse;  // (N,K), (N)
   Tensor<int32_t> top_k_index, group_count;
-  RoutingTensors plan;
+  ArrivedTokens<Device> arrived;
+  ExpertsSaved<Device> experts;
   MlpSaved<Device> shared;
 };
 
@@ -103,46 +87,25 @@ struct MoeLayer {
   using Acc = typename Device::Acc;
   Executor<Device>& x;
   RouterShape router;
-  ExpertShape experts;
-  int64_t capacity;
-  Recompute policy;
-  Dispatch dispatch;
+  ExpertMlp<Device> experts;  // of the tokens that arrive here
   Tensor<Real> wg;
   GradTensor<Device> dwg;
-  Tensor<Acc> bias;  // (E), sigmoid gate only
-  MlpWeights<Device> weights;
-  MlpWeights<Device> shared_weights;  // null tensors: no shared expert
+  Tensor<Acc> bias;                    // (E), sigmoid gate only
+  MlpWeights<Device> shared_weights;   // null tensors: no shared expert
   int64_t d_shared;
   Tensor<int32_t> load;            // (E) selections of the step
   Tensor<int32_t> replay, record;  // (N,K) or null
   Tensor<StepStats> stats;
   Tensor<StepParams> params;
+  ExpertRanks ranks;  // that share the experts
+  Comm expert_ranks;
+  Comm statistics_ranks;  // that share balance statistics; none: only this
 
   Tensor<char> router_scratch() {
     return x.template tensor<char>("router.scratch", {int64_t(router_scratch_bytes<Device>(router))});
   }
-  Tensor<char> scratch() {
-    return x.template tensor<char>("experts.scratch", {int64_t(experts_scratch_bytes<Device>(experts))});
-  }
-  DenseMlp<Device> shared() { return {x, shared_weights, router.N, router.C, d_shared, policy}; }
-
-  // What the expert products read, and through which index: x through row_slot, or the gathered rows one to one.
-  Tensor<Real> source(const MoeSaved<Device>& s, Tensor<Real> tokens) const { return s.rows ? s.rows : tokens; }
-  Tensor<int32_t> index(const MoeSaved<Device>& s) const {
-    return dispatch == Dispatch::materialized ? Tensor<int32_t>{} : s.plan.row_slot;
-  }
-
-  // wants_h: a backward pass will read H before it is made again.
-  void up(MoeSaved<Device>& s, Tensor<Real> input, Category keep, bool wants_h) {
-    s.experts.h = {};
-    if (wants_h)
-      s.experts.h = x.template tensor<Real>("h", {experts.R, 2 * experts.F},
-                                            policy <= Recompute::act ? keep : Category::workspace);
-    s.experts.a =
-        x.template tensor<Real>("a", {experts.R, experts.F}, policy == Recompute::none ? keep : Category::workspace);
-    x.op("experts up", experts_up<Device>, s.experts.h, s.experts.a, scratch(), source(s, input), weights.w13,
-         s.plan.offsets, index(s), experts);
-  }
+  DenseMlp<Device> shared() { return {x, shared_weights, router.N, router.C, d_shared, experts.policy}; }
+  bool spread() const { return ranks.ranks > 1; }
 
   // out (N,C) = residual + experts(input) + shared expert(input). recomputing: the second run of policy `block`, which
   // leaves statistics alone and stops where backward has all it needs.
@@ -158,28 +121,27 @@ struct MoeLayer {
     auto group_prob = x.template tensor<Acc>("group_prob", {router.G, E});
     x.op("router", router_forward<Device>, s.gates, s.top_k_index, s.lse, group_prob, s.group_count, router_scratch(),
          input, wg, bias, replay, router);
+    if (statistics_ranks)
+      x.op("sum statistics", sum_statistics, statistics_ranks, group_prob, s.group_count, router.G * E);
     if (!recomputing) {
       x.op("balance loss", balance_loss<Device>, stats, load, group_prob, s.group_count, s.lse, params, router);
       if (record) x.op("record routing", copy_routing, record, s.top_k_index, N * K);
     }
-    s.plan.counts = x.template tensor<int32_t>("counts", {E});
-    s.plan.offsets = x.template tensor<int32_t>("offsets", {E + 1}, metadata);
-    s.plan.row_slot = x.template tensor<int32_t>("row_slot", {experts.R}, metadata);
-    s.plan.slot_row = x.template tensor<int32_t>("slot_row", {N, K}, metadata);
-    auto plan_scratch = x.template tensor<char>("plan.scratch", {int64_t(dispatch_scratch_bytes<Device>(N, K, E))});
-    x.op("routing plan", dispatch_plan<Device>, s.plan, plan_scratch, s.top_k_index, N, K, E, capacity);
-    if (dispatch == Dispatch::materialized) {
-      s.rows = x.template tensor<Real>("x_rows", {experts.R, C}, saved);
-      x.op("gather x", dispatch_gather<Device>, s.rows, input, s.plan.offsets, s.plan.row_slot, N, K, E, C);
-    }
-    up(s, input, saved, recomputing || (keep && policy <= Recompute::act));
+    auto choices = spread() ? arrive(s, metadata) : s.top_k_index;
+    if (spread())
+      s.arrived.x = send(s, "arrived x", input, experts.policy == Recompute::none ? saved : Category::workspace);
+    experts.route(s.experts, choices, metadata);
+    Tensor<Real> out, partial;
+    experts.forward(s.experts, spread() ? s.arrived.x : input, spread() ? s.arrived.gates : s.gates, saved,
+                    recomputing || (keep && experts.policy <= Recompute::act), recomputing, [&] {
+                      x.plan.set_place(x.plan.layer(), "attention");  // the residual stream is the next layer's input
+                      out = x.template tensor<Real>("residual", {N, C}, out_category);
+                      x.plan.set_place(x.plan.layer(), "moe");
+                      if (spread()) partial = x.template tensor<Real>("partial", {ranks.M(), C});
+                      return spread() ? std::pair(partial, Tensor<Real>{}) : std::pair(out, residual);
+                    });
     if (!recomputing) {
-      auto y = x.template tensor<Real>("y", {experts.R, C});
-      x.op("experts down", experts_down<Device>, y, scratch(), s.experts.a, weights.w2, s.plan.offsets, experts);
-      x.plan.set_place(x.plan.layer(), "attention");  // the residual stream is the next layer's input, not ours
-      auto out = x.template tensor<Real>("residual", {N, C}, out_category);
-      x.plan.set_place(x.plan.layer(), "moe");
-      x.op("combine", combine<Device>, out, y, residual, s.gates, s.plan.slot_row, N, K, C);
+      if (spread()) bring_back(s, out, partial, residual);
       residual = out;
     }
     if (d_shared) {
@@ -191,32 +153,38 @@ struct MoeLayer {
 
   // dinput (N,C): the gradient that reaches the layer's normalised input; dout is the gradient of the output.
   Tensor<Real> backward(MoeSaved<Device> s, Tensor<Real> input, Tensor<Real> dout) {
-    int64_t N = router.N, C = router.C, K = router.K, E = router.E;
-    if (policy == Recompute::up) {
-      Recomputing again(x);
-      up(s, input, Category::workspace, true);
+    int64_t N = router.N, C = router.C, K = router.K;
+    if (spread() && (experts.policy == Recompute::act || experts.policy == Recompute::up)) {
+      Recomputing again(x);  // ep * N rows are not kept: they come once more
+      s.arrived.x = send(s, "arrived x", input, Category::workspace);
     }
-    auto dout_rows = dout;
-    if (dispatch == Dispatch::materialized) {
-      dout_rows = x.template tensor<Real>("dout_rows", {experts.R, C});
-      x.op("gather dout", dispatch_gather<Device>, dout_rows, dout, s.plan.offsets, s.plan.row_slot, N, K, E, C);
+    auto arrived_dout = spread() ? send(s, "arrived dout", dout, Category::workspace) : dout;
+    auto dgates = x.template tensor<Acc>("dgates", {experts.M, K});
+    Tensor<Real> dinput, partial;
+    auto router_gradients = [&](Tensor<Acc> own_dgates) {
+      dinput = x.template tensor<Real>("dx", {N, C});
+      x.op("router backward", router_backward<Device>, dinput, dwg, router_scratch(), own_dgates, s.gates,
+           s.top_k_index, s.lse, s.group_count, input, wg, params, router);
+    };
+    experts.backward(s.experts, spread() ? s.arrived.x : input, spread() ? s.arrived.gates : s.gates, arrived_dout, dgates,
+                     [&] {
+                       if (spread()) {
+                         partial = x.template tensor<Real>("partial", {ranks.M(), C});
+                         return std::pair(partial, Tensor<Real>{});
+                       }
+                       router_gradients(dgates);
+                       return std::pair(dinput, dinput);
+                     });
+    if (spread()) {
+      auto returned = x.template tensor<Acc>("returned dgates", {ranks.ranks * N, K});
+      x.op("gate gradients", exchange_rows<Device, Acc>, expert_ranks, returned, dgates, s.arrived.counts, K, true,
+           "gate gradients");
+      auto own_dgates = x.template tensor<Acc>("own dgates", {N, K});
+      x.op("own gate gradients", expert_gate_gradients<Device>, own_dgates, returned, s.arrived.position,
+           s.top_k_index, ranks);
+      router_gradients(own_dgates);
+      bring_back(s, dinput, partial, dinput);
     }
-    auto dh = x.template tensor<Real>("dh", {experts.R, 2 * experts.F});
-    auto a_scaled = x.template tensor<Real>("a_scaled", {experts.R, experts.F});
-    auto dgates = x.template tensor<Acc>("dgates", {N, K});
-    Tensor<Real> kept_a = policy == Recompute::none ? s.experts.a : Tensor<Real>{};
-    x.op("experts down backward", experts_down_backward<Device>, dh, a_scaled, dgates, scratch(), dout_rows, weights.w2,
-         s.experts.h, kept_a, s.gates, s.plan.offsets, index(s), s.plan.row_slot, experts);
-    x.op("experts dW2", experts_down_backward_weight<Device>, weights.dw2, scratch(), dout_rows, a_scaled,
-         s.plan.offsets, index(s), experts);
-    x.op("experts dW13", experts_up_backward_weight<Device>, weights.dw13, scratch(), dh, source(s, input),
-         s.plan.offsets, index(s), experts);
-    auto dx_rows = x.template tensor<Real>("dx_rows", {experts.R, C});
-    x.op("experts dX", experts_up_backward_input<Device>, dx_rows, scratch(), dh, weights.w13, s.plan.offsets, experts);
-    auto dinput = x.template tensor<Real>("dx", {N, C});
-    x.op("router backward", router_backward<Device>, dinput, dwg, router_scratch(), dgates, s.gates, s.top_k_index,
-         s.lse, s.group_count, input, wg, params, router);
-    x.op("combine backward", combine<Device>, dinput, dx_rows, dinput, nullptr, s.plan.slot_row, N, K, C);
     if (d_shared) {
       auto dshared = shared().backward(s.shared, input, dout);
       x.op("shared expert dX add", residual_add<Device>, dinput, dinput, dshared, N * C);
@@ -224,6 +192,61 @@ struct MoeLayer {
     return dinput;
   }
 
+ private:
+  // ---- experts spread over ranks (expert_parallel.h) ----
+
+  // Who sends what, from the choices of all ranks; returns those of the tokens that arrive here, (M,K).
+  Tensor<int32_t> arrive(MoeSaved<Device>& s, Category metadata) {
+    const int64_t M = ranks.M(), N = router.N, K = router.K, n = ranks.ranks;
+    auto all_choices = x.template tensor<int32_t>("all choices", {M, K});
+    auto all_gates = x.template tensor<Acc>("all gates", {M, K});
+    x.op("gather choices", gather_choices, expert_ranks, all_choices, all_gates, s.top_k_index, s.gates, N * K);
+    auto destination = x.template tensor<int32_t>("destination", {M, n});
+    x.op("destinations", expert_destinations<Device>, destination, all_choices, ranks);
+    RoutingTensors plan;
+    plan.counts = x.template tensor<int32_t>("sent counts", {n});
+    plan.offsets = x.template tensor<int32_t>("sent offsets", {n + 1});
+    plan.row_slot = x.template tensor<int32_t>("sent row_slot", {M * n});
+    plan.slot_row = x.template tensor<int32_t>("sent slot_row", {M, n});
+    auto scratch = x.template tensor<char>("plan.scratch", {int64_t(dispatch_scratch_bytes<Device>(M, n, n))});
+    x.op("exchange plan", dispatch_plan<Device>, plan, scratch, destination, M, n, n, 0);
+    auto choices = x.template tensor<int32_t>("arrived choices", {M, K});
+    s.arrived.gates = x.template tensor<Acc>("arrived gates", {M, K}, metadata);
+    x.op("arrivals", expert_arrivals<Device>, choices, s.arrived.gates, plan.offsets, plan.row_slot, all_choices,
+         all_gates, ranks);
+    s.arrived.position = x.template tensor<int32_t>("position", {N, n}, metadata);
+    s.arrived.counts = x.template tensor<int32_t>("exchange counts", {n, n}, metadata);
+    x.op("positions", expert_positions<Device>, s.arrived.position, s.arrived.counts, plan.offsets, plan.row_slot,
+         plan.slot_row, ranks);
+    return choices;
+  }
+  // Sends rows (N,C) to the ranks of their experts; returns what arrives, (M,C).
+  Tensor<Real> send(const MoeSaved<Device>& s, const char* name, Tensor<Real> rows, Category category) {
+    auto packed = x.template tensor<Real>("packed", {ranks.ranks * ranks.N, router.C});
+    auto arrived = x.template tensor<Real>(name, {ranks.M(), router.C}, category);
+    x.op("pack", expert_pack<Device>, packed, rows, s.arrived.position, router.C, ranks);
+    x.op("to experts", exchange_rows<Device, Real>, expert_ranks, arrived, packed, s.arrived.counts, router.C, false,
+         "tokens to experts");
+    return arrived;
+  }
+  // out (N,C) = addend + what each rank's experts made of a token, partial (M,C) on theirs.
+  void bring_back(const MoeSaved<Device>& s, Tensor<Real> out, Tensor<Real> partial, Tensor<Real> addend) {
+    auto returned = x.template tensor<Real>("returned", {ranks.ranks * ranks.N, router.C});
+    x.op("from experts", exchange_rows<Device, Real>, expert_ranks, returned, partial, s.arrived.counts, router.C, true,
+         "tokens from experts");
+    x.op("add up", combine<Device>, out, returned, addend, Tensor<Acc>{}, s.arrived.position, router.N, ranks.ranks,
+         router.C);
+  }
+
+  static void sum_statistics(Device&, const Comm& comm, Acc* group_prob, int32_t* group_count, int64_t n) {
+    comm.all_reduce(group_prob, n, "balance statistics");
+    comm.all_reduce(group_count, n, "balance statistics");
+  }
+  static void gather_choices(Device&, const Comm& comm, int32_t* all_choices, Acc* all_gates, const int32_t* choices,
+                             const Acc* gates, int64_t n) {
+    comm.all_gather(all_choices, choices, n, "choices of experts");
+    comm.all_gather(all_gates, gates, n, "gates");
+  }
   static void copy_routing(Device& dev, int32_t* to, const int32_t* from, int64_t n) {
     dev.copy(to, from, size_t(n) * sizeof(int32_t));
   }

@@ -16,7 +16,9 @@
 #include "llmc/embedding.h"
 #include "llmc/global_norm.h"
 #include "llmc/random.h"
+#include "llmc/zero.h"
 #include "moe/layer.h"
+#include "moe/parallel.h"
 
 struct RunOptions {
   int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
@@ -29,11 +31,26 @@ struct RunOptions {
   bool separate_arena = false;
   bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
   bool record_routing = false, replay_routing = false;
+  double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep)
   AdamWConfig adamw;
   UpdateRules rules;
+  Parallel parallel;  // B, T and micro_steps are of this rank
 
   Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
 };
+
+// Rows of the experts of one of `ep` ranks with N tokens each: as many as its own tokens have where it has all experts, else
+// a headroom over that, and what exceeds it in further passes.
+struct ExpertRows {
+  int64_t a_pass, most;
+  int64_t passes() const { return (most + a_pass - 1) / a_pass; }
+};
+inline ExpertRows expert_rows(const ModelConfig& config, const RunOptions& run, int64_t N, int64_t ep) {
+  const int64_t share = N * config.top_k;
+  if (ep == 1) return {share, share};
+  const int64_t most = ep * N * std::min(config.top_k, config.n_expert / ep);
+  return {std::min(most, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64), most};
+}
 
 template <class Device>
 class Model {
@@ -59,6 +76,7 @@ class Model {
 
   const ModelConfig config;
   const RunOptions options;
+  const Parallel& parallel = options.parallel;
   Plan plan;
   ParameterTable<Device> table;
 
@@ -82,6 +100,8 @@ class Model {
     if (options.train) {
       auto views = table.views();
       device_.to_device(views_, views.data(), views.size() * sizeof views[0]);
+      auto first = table.first_partials();
+      device_.to_device(first_partials_, first.data(), first.size() * sizeof first[0]);
       OutlierState none;
       device_.to_device(outliers_, &none, sizeof none);
     }
@@ -90,6 +110,7 @@ class Model {
   // Initial values: a function of (seed, logical name, logical index) alone.
   void initialise(uint64_t seed) {
     for (const Parameter& p : table.parameters()) {
+      if (p.buffer < 0) continue;
       std::vector<Acc> values(p.rows * p.cols);
       double scale = p.init == Init::residual ? 0.02 / std::sqrt(2.0 * double(config.n_layer)) : 0.02;
       uint64_t stream = hash_name(p.name);
@@ -102,29 +123,60 @@ class Model {
     }
   }
 
-  // ---- parameters by logical rows (host memory, Acc, row-major (rows, cols)) ----
+  // ---- parameters by logical rows (host memory, Acc, row-major (rows, cols)): every rank writes what it has of them ----
   enum class State { weight, master, m, v, grad };
 
   // Sets the weight, rounded to Real, and the master copy.
   void write_parameter(const Parameter& p, const Acc* values) {
+    if (p.buffer < 0) return;
     const auto& b = table.buffer(p.buffer);
-    std::vector<Real> rounded(p.rows * p.cols);
-    for (size_t i = 0; i < rounded.size(); ++i) rounded[i] = Real(values[i]);
-    write_rows(p, b.weight.data(), rounded.data());
-    if (b.master) write_rows(p, b.master.data(), values);
+    const auto& mine = b.homes.mine();
+    write_rows(p, p.cut + mine.slab, b.weight.data(), mine.row, mine.rows, values);
+    if (b.updated) write_home(p, b.updated.data(), values);
+    if (b.master) write_home(p, b.master.data(), values);
   }
   void write_state(const Parameter& p, State which, const Acc* values) {
-    write_rows(p, state_pointer(p, which), values);
+    if (p.buffer >= 0) write_home(p, state_pointer(p, which), values);
   }
+  // From the homes of its rows, to the lead; elsewhere the result is empty. All ranks call it, in the same order.
   std::vector<Acc> read_parameter(const Parameter& p, State which = State::weight) {
-    const auto& b = table.buffer(p.buffer);
-    if (which == State::weight || (which == State::master && !b.master)) return read_rows(p, b.weight.data());
-    if (which != State::grad) return read_rows(p, state_pointer(p, which));
-    std::vector<Acc> values;
-    Grad<Device>(b.grad).visit([&](auto* g) { values = read_rows(p, g); });
-    if (b.second_grad.tensor()) {
-      std::vector<Acc> second = read_rows(p, b.second_grad.wide.data());
-      for (size_t i = 0; i < values.size(); ++i) values[i] += second[i];
+    std::vector<Acc> values, part;
+    if (parallel.lead()) values.resize(p.rows * p.cols);
+    struct Slab {
+      int64_t cut, row, rows;
+    };
+    std::vector<Slab> slabs(parallel.layout.etp);  // what is at home here
+    for (int s = 0; p.buffer >= 0 && s < table.buffer(p.buffer).homes.slabs; ++s) {
+      const auto& b = table.buffer(p.buffer);
+      const int cut = p.cut + s;
+      const int64_t row = p.map.before(b.homes.home_begin(), p.rows_of(cut)),
+                    end = p.map.before(b.homes.home_end(), p.rows_of(cut));
+      slabs[s] = {cut, row, end - row};
+      if (row < end) read_home(p, s, row, end, which, part);
+    }
+    auto place_in = [&](const std::vector<Slab>& from, const Acc* data) {
+      for (const Slab& s : from)
+        for (int64_t i = s.row; i < s.row + s.rows; ++i, data += p.part_cols())
+          std::copy_n(data, p.part_cols(), &values[(p.row_of(int(s.cut)) + i) * p.cols + p.col_of(int(s.cut))]);
+    };
+    if (parallel.alone()) {
+      place_in(slabs, part.data());
+      return values;
+    }
+    const int64_t n = int64_t(slabs.size());
+    std::vector<Slab> all(n * parallel.layout.world());
+    parallel.host.gather_host(all.data(), slabs.data(), n * int64_t(sizeof(Slab)), "gather", "homes of a parameter");
+    if (!parallel.lead()) {
+      if (!part.empty()) parallel.host.send(part.data(), int64_t(part.size()), 0, "a parameter");
+      return values;
+    }
+    for (int r = 0; r < parallel.layout.world(); ++r) {
+      std::vector<Slab> theirs(all.begin() + r * n, all.begin() + (r + 1) * n);
+      int64_t rows = 0;
+      for (const Slab& s : theirs) rows += s.rows;
+      if (rows == 0) continue;
+      if (r > 0) part.resize(rows * p.part_cols()), parallel.host.receive(part.data(), int64_t(part.size()), r, "a parameter");
+      place_in(theirs, part.data());
     }
     return values;
   }
@@ -262,30 +314,67 @@ class Model {
     body();
   }
 
-  // A parameter's rows between host (contiguous) and device: whole blocks of its row map at a time.
+  // Rows of part `cut` of a parameter, given by the values of the whole, into memory that holds rows [first, first + n) of
+  // its buffer's space.
   template <class T>
-  void write_rows(const Parameter& p, T* base, const T* values) {
-    each_run(p, [&](int64_t row, int64_t rows, int64_t width, int64_t pitch) {
-      device_.rows_to_device(base + p.map(row) * p.cols, size_t(pitch) * sizeof(T), values + row * p.cols,
-                             size_t(width) * sizeof(T), size_t(rows));
+  void write_rows(const Parameter& p, int cut, T* base, int64_t first, int64_t n, const Acc* values) {
+    const int64_t begin = p.map.before(first, p.rows_of(cut)), end = p.map.before(first + n, p.rows_of(cut)),
+                  cols = p.part_cols();
+    std::vector<T> rows((end - begin) * cols);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t c = 0; c < cols; ++c)
+        rows[(i - begin) * cols + c] = T(values[(p.row_of(cut) + i) * p.cols + p.col_of(cut) + c]);
+    each_run(p.map, begin, end, cols, [&](int64_t row, int64_t pieces, int64_t width, int64_t pitch) {
+      device_.rows_to_device(base + (p.map(row) - first) * cols, size_t(pitch) * sizeof(T),
+                             rows.data() + (row - begin) * cols, size_t(width) * sizeof(T), size_t(pieces));
     });
   }
   template <class T>
-  std::vector<Acc> read_rows(const Parameter& p, const T* base) {
-    std::vector<T> values(p.rows * p.cols);
-    each_run(p, [&](int64_t row, int64_t rows, int64_t width, int64_t pitch) {
-      device_.rows_to_host(values.data() + row * p.cols, base + p.map(row) * p.cols, size_t(pitch) * sizeof(T),
-                           size_t(width) * sizeof(T), size_t(rows));
-    });
-    return std::vector<Acc>(values.begin(), values.end());
+  void write_home(const Parameter& p, T* base, const Acc* values) {
+    const auto& b = table.buffer(p.buffer);
+    for (int s = 0; s < b.homes.slabs; ++s)
+      write_rows(p, p.cut + s, base + s * b.home_rows() * b.cols, b.homes.home_begin(), b.home_rows(), values);
   }
-  // Calls f(first row, pieces, elements of a piece, elements from piece to piece).
+  // Appends rows [begin, end) of what is at home here of slab s.
+  void read_home(const Parameter& p, int s, int64_t begin, int64_t end, State which, std::vector<Acc>& to) {
+    const auto& b = table.buffer(p.buffer);
+    const int64_t at = s * b.home_rows() * b.cols, mine = (b.homes.home_begin() - b.homes.mine().row) * b.cols;
+    auto read = [&]<class T>(const T* base) {
+      std::vector<T> rows((end - begin) * b.cols);
+      each_run(p.map, begin, end, b.cols, [&](int64_t row, int64_t pieces, int64_t width, int64_t pitch) {
+        device_.rows_to_host(rows.data() + (row - begin) * b.cols, base + (p.map(row) - b.homes.home_begin()) * b.cols,
+                             size_t(pitch) * sizeof(T), size_t(width) * sizeof(T), size_t(pieces));
+      });
+      return rows;
+    };
+    std::vector<Acc> values;
+    auto keep = [&](const auto& rows) {
+      for (auto value : rows) values.push_back(Acc(value));
+    };
+    if (which == State::weight || (which == State::master && !b.master))
+      keep(read(table.home_weight(b) + at));
+    else if (which != State::grad)
+      keep(read(state_pointer(p, which) + at));
+    else if (b.sum)
+      keep(read(b.sum + at));
+    else
+      Grad<Device>(b.grad).visit([&](auto* g) { keep(read(g + mine)); });
+    if (which == State::grad && b.second_grad.tensor()) {
+      auto second = read((b.second_sum ? b.second_sum + at : b.second_grad.wide + mine));
+      for (size_t i = 0; i < values.size(); ++i) values[i] += second[i];
+    }
+    to.insert(to.end(), values.begin(), values.end());
+  }
+  // Calls f(first row, pieces, elements of a piece, elements from piece to piece) for rows [begin, end) of a map, begin
+  // at the start of a block.
   template <class F>
-  void each_run(const Parameter& p, F f) {
-    if (p.map.block == p.map.stride) return f(0, 1, p.rows * p.cols, p.rows * p.cols);
-    int64_t whole = p.rows / p.map.block, rest = p.rows % p.map.block;
-    if (whole) f(0, whole, p.map.block * p.cols, p.map.stride * p.cols);
-    if (rest) f(whole * p.map.block, 1, rest * p.cols, rest * p.cols);
+  static void each_run(const RowMap& map, int64_t begin, int64_t end, int64_t cols, F f) {
+    const int64_t rows = end - begin;
+    if (rows == 0) return;
+    if (map.block == map.stride) return f(begin, 1, rows * cols, rows * cols);
+    const int64_t whole = rows / map.block, rest = rows % map.block;
+    if (whole) f(begin, whole, map.block * cols, map.stride * cols);
+    if (rest) f(begin + whole * map.block, 1, rest * cols, rest * cols);
   }
 
   Tensor<Real> weight(int buffer) const { return buffer < 0 ? Tensor<Real>{} : table.buffer(buffer).weight; }
@@ -303,6 +392,11 @@ class Model {
     const auto& b = table.buffer(p.buffer);
     return which == State::master ? b.master : which == State::m ? b.m : b.v;
   }
+  // Whether balance statistics are of the tokens of all ranks, and the loads that follow from them too.
+  bool shared_statistics() const {
+    return parallel.layout.stage_ranks() > 1 && config.balance == Balance::aux &&
+           config.balance_scope == BalanceScope::microbatch;
+  }
   int64_t positions_held() const { return std::max(options.T, options.decode_positions); }
   int64_t classifier_chunk(int64_t N) const {
     int64_t rows = Device::classifier_bytes / (config.padded_vocab() * int64_t(sizeof(Real)));
@@ -311,50 +405,58 @@ class Model {
 
   void declare_parameters() {
     const ModelConfig& c = config;
-    int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert;
+    int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert, V = c.vocab_size, Vp = c.padded_vocab();
     bool train = options.train, wide = options.wide_gradients;
-    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, Shard shard, int layer,
-                      int buffer, RowMap map) {
-      table.add({name, rows, cols, false, init, true, shard, layer, buffer, map, 0});
+    auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
+      return parallel.dense(pieces, norm_block_rows, rows);
+    };
+    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer, RowMap map) {
+      Parameter p;
+      p.name = name, p.rows = rows, p.cols = cols, p.init = init, p.decay = true;
+      p.layer = layer, p.buffer = buffer, p.map = map;
+      table.add(p);
     };
     auto vector = [&](const std::string& name, int64_t cols, int layer) {
-      int buffer = table.add_buffer(plan, name, 1, cols, train, true);
-      table.add({name, 1, cols, true, Init::ones, false, Shard::replicated, layer, buffer, {}, 0});
-      return buffer;
+      Parameter p;
+      p.name = name, p.cols = cols, p.vector = true, p.init = Init::ones, p.layer = layer;
+      p.buffer = table.add_buffer(plan, name, parallel.replicated({1}, norm_block_rows), cols, train, true);
+      table.add(p);
+      return p.buffer;
     };
     // A matrix whose gradient is one product a micro-step. Where that is one a step, it is written and never zeroed.
-    auto product = [&](const std::string& name, int64_t rows, int64_t cols) {
-      return table.add_buffer(plan, name, rows, cols, train, wide, false, options.micro_steps == 1);
+    auto product = [&](const std::string& name, const Homes& homes, int64_t cols) {
+      return table.add_buffer(plan, name, homes, cols, train, wide, false, options.micro_steps == 1);
     };
-    // An MLP of `experts` experts of width F; `prefix(e)` names expert e.
-    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, Shard shard13, Shard shard2,
-                   auto prefix, int& w13, int& w2) {
-      w13 = product(name + ".w13", experts * 2 * F, C);
-      w2 = product(name + ".w2", experts * C, F);
+    // An MLP of `experts` experts of width F, at home as `homes` says; `prefix(e)` names expert e. A gate row and an up row
+    // are updated together.
+    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, auto homes, auto prefix, int& w13,
+                   int& w2) {
+      w13 = product(name + ".w13", homes(2 * F, 2 * norm_block_rows), C);
+      w2 = product(name + ".w2", homes(C, norm_block_rows), F);
       for (int64_t e = 0; e < experts; ++e) {
-        matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, shard13, layer, w13,
-               {e * 2 * F + w13_row(0, false), 8, 16});
-        matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, shard13, layer, w13,
-               {e * 2 * F + w13_row(0, true), 8, 16});
-        matrix(prefix(e) + "down_proj.weight", C, F, Init::residual, shard2, layer, w2, {e * C, 1, 1});
+        matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, layer, w13, {e * 2 * F + w13_row(0, false), 8, 16});
+        matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, layer, w13, {e * 2 * F + w13_row(0, true), 8, 16});
+        matrix(prefix(e) + "down_proj.weight", C, F, Init::residual, layer, w2, {e * C, 1, 1});
       }
     };
+    auto one = [&](int64_t rows, int64_t unit) { return parallel.dense({rows}, unit, 0); };
+    auto many = [&](int64_t rows, int64_t unit) { return parallel.experts(E, rows, unit); };
 
-    embedding_ = table.add_buffer(plan, "model.embed_tokens.weight", c.padded_vocab(), C, train, wide, c.tied);
-    matrix("model.embed_tokens.weight", c.vocab_size, C, Init::normal, Shard::rows, -1, embedding_, {});
+    embedding_ = table.add_buffer(plan, "model.embed_tokens.weight", dense({V}, Vp), C, train, wide, c.tied);
+    matrix("model.embed_tokens.weight", V, C, Init::normal, -1, embedding_, {});
     for (int l = 0; l < c.n_layer; ++l) {
       LayerBuffers b;
       std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.",
                   moe = layer + "mlp.";
       plan.set_place(l, "attention");
       b.norm1 = vector(layer + "input_layernorm.weight", C, l);
-      b.qkv = product(attention + "qkv", c.heads().qkv_width(), C);
       int64_t q = c.n_head * HD, kv = c.n_kv_head * HD;
-      matrix(attention + "q_proj.weight", q, C, Init::normal, Shard::rows, l, b.qkv, {0, 1, 1});
-      matrix(attention + "k_proj.weight", kv, C, Init::normal, Shard::rows, l, b.qkv, {q, 1, 1});
-      matrix(attention + "v_proj.weight", kv, C, Init::normal, Shard::rows, l, b.qkv, {q + kv, 1, 1});
-      b.o = product(attention + "o_proj.weight", C, q);
-      matrix(attention + "o_proj.weight", C, q, Init::residual, Shard::columns, l, b.o, {});
+      b.qkv = product(attention + "qkv", dense({q, kv, kv}), C);
+      matrix(attention + "q_proj.weight", q, C, Init::normal, l, b.qkv, {0, 1, 1});
+      matrix(attention + "k_proj.weight", kv, C, Init::normal, l, b.qkv, {q, 1, 1});
+      matrix(attention + "v_proj.weight", kv, C, Init::normal, l, b.qkv, {q + kv, 1, 1});
+      b.o = product(attention + "o_proj.weight", dense({C}), q);
+      matrix(attention + "o_proj.weight", C, q, Init::residual, l, b.o, {});
       if (c.qk_norm) {
         b.q_norm = vector(attention + "q_norm.weight", HD, l);
         b.k_norm = vector(attention + "k_norm.weight", HD, l);
@@ -362,18 +464,14 @@ class Model {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
       if (c.is_dense(l)) {
-        mlp(
-            moe + "dense", 1, c.d_dense, l, Shard::rows, Shard::columns, [&](int64_t) { return moe; }, b.w13, b.w2);
+        mlp(moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
       } else {
-        b.router = table.add_buffer(plan, moe + "gate.weight", E, C, train, true);
-        matrix(moe + "gate.weight", E, C, Init::normal, Shard::replicated, l, b.router, {});
-        mlp(
-            moe + "experts", E, c.d_expert, l, Shard::expert, Shard::expert,
-            [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; }, b.w13, b.w2);
-        if (c.d_shared)
-          mlp(
-              moe + "shared", 1, c.d_shared, l, Shard::rows, Shard::columns,
-              [&](int64_t) { return moe + "shared_expert."; }, b.shared13, b.shared2);
+        b.router = table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
+        matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
+        auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
+        mlp(moe + "experts", E, c.d_expert, l, many, expert, b.w13, b.w2);
+        auto shared = [&](int64_t) { return moe + "shared_expert."; };
+        if (c.d_shared) mlp(moe + "shared", 1, c.d_shared, l, one, shared, b.shared13, b.shared2);
       }
       layers_.push_back(b);
     }
@@ -381,8 +479,8 @@ class Model {
     norm_ = vector("model.norm.weight", C, -1);
     head_ = embedding_;
     if (!c.tied) {
-      head_ = table.add_buffer(plan, "lm_head.weight", c.padded_vocab(), C, train, true);
-      matrix("lm_head.weight", c.vocab_size, C, Init::normal, Shard::rows, -1, head_, {});
+      head_ = table.add_buffer(plan, "lm_head.weight", dense({V}, Vp), C, train, true);
+      matrix("lm_head.weight", V, C, Init::normal, -1, head_, {});
     }
   }
 
@@ -396,6 +494,7 @@ class Model {
     targets_ = plan.template persistent<int32_t>("targets", {N()}, Category::workspace);
     positions_ = plan.template persistent<int32_t>("positions", {N()}, Category::workspace);
     rope_ = plan.template persistent<Acc>("rope", {positions_held(), c.head_dim}, Category::workspace);
+    arrived_rows_.resize(c.n_layer);
     load_.resize(c.n_layer), bias_.resize(c.n_layer), replay_.resize(c.n_layer), record_.resize(c.n_layer);
     k_cache_.resize(c.n_layer), v_cache_.resize(c.n_layer);
     for (int l = 0; l < c.n_layer; ++l) {
@@ -419,7 +518,9 @@ class Model {
     }
     plan.set_place(-1, "");
     if (options.train) {
-      bytes(outliers_, "outliers", 1), bytes(views_, "views", int64_t(table.parameters().size()));
+      n_views_ = int64_t(table.views().size());
+      bytes(outliers_, "outliers", 1), bytes(views_, "views", n_views_);
+      bytes(first_partials_, "first partials", int64_t(table.parameters().size()) + 1);
       partials_ = plan.template persistent<Acc>("norm partials", {table.partials()}, Category::workspace);
     }
     if (options.decode_positions) {
@@ -433,23 +534,38 @@ class Model {
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
     bool full = !pass.decoding;
+    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k, config.n_expert};
+    RouterShape router = config.router(pass.B, pass.T);
+    Comm statistics_ranks;
+    if (full && pass.training && shared_statistics())
+      router.ranks = parallel.layout.stage_ranks(), statistics_ranks = parallel[Group::stage];
+    ExpertShape experts = config.experts(pass.N());
+    const ExpertRows rows = expert_rows(config, options, pass.N(), ranks.ranks);
+    experts.R = rows.a_pass, experts.E = ranks.experts(), experts.slots = ranks.M() * config.top_k;
     return {x_,
-            config.router(pass.B, pass.T),
-            config.experts(pass.N()),
-            config.capacity(pass.N()),
-            options.policy(l),
-            options.dispatch,
+            router,
+            {x_,
+             experts,
+             ranks.M(),
+             rows.most,
+             config.capacity(pass.N()),
+             options.policy(l),
+             options.dispatch,
+             {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
+             &arrived_rows_[l]},
             weight(b.router),
             grad(b.router),
             bias_[l],
-            {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
             {weight(b.shared13), weight(b.shared2), product_grad(b.shared13), product_grad(b.shared2)},
             config.d_shared,
             load_[l],
             full && pass.training ? replay_[l] : Tensor<int32_t>{},
             full && pass.training ? record_[l] : Tensor<int32_t>{},
             stats_,
-            params_};
+            params_,
+            ranks,
+            parallel[Group::ep],
+            statistics_ranks};
   }
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
@@ -646,11 +762,29 @@ class Model {
   }
 
   void update_ops() {
-    int64_t n = int64_t(table.parameters().size());
-    x_.op("global norm", global_norm_partials<Device>, partials_, views_, n);
-    x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, views_, n, table.partials(),
-          options.rules);
-    x_.op("adamw", adamw<Device>, views_, params_, stats_, n, options.adamw);
+    // Consecutive buffers whose gradients are exchanged together: what has arrived waits in memory until it is summed.
+    constexpr int64_t bucket_elements = int64_t(32) << 20;
+    const auto& buffers = table.buffers();
+    traffic_.clear();
+    for (int first = 0, last = 0; !parallel.alone() && first < int(buffers.size()); first = last) {
+      for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
+        const Homes& h = buffers[last].homes;
+        elements += h.bounds.back() * h.slabs * buffers[last].cols;
+      }
+      traffic_.emplace_back(table, first, last, parallel.comms.data());
+    }
+    for (const auto& t : traffic_) {
+      auto staging = x_.template tensor<char>("gradients.staging", {std::max<int64_t>(1, t.staging_bytes())});
+      x_.op("exchange gradients", UpdateTraffic<Device>::exchange_gradients, &t, staging);
+      x_.op("sum gradients", UpdateTraffic<Device>::sum_gradients, &t, staging);
+    }
+    if (!parallel.alone()) x_.op("zero partials", zero, partials_, int64_t(partials_.size() * sizeof(Acc)));
+    x_.op("global norm", global_norm_partials<Device>, partials_, views_, n_views_);
+    if (!parallel.alone()) x_.op("sum over ranks", sum_over_ranks, this);
+    x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, first_partials_,
+          int64_t(table.parameters().size()), options.rules);
+    x_.op("adamw", adamw<Device>, views_, params_, stats_, n_views_, options.adamw);
+    for (const auto& t : traffic_) x_.op("return weights", UpdateTraffic<Device>::return_weights, &t);
     if (config.balance == Balance::bias)
       for (int l = 0; l < config.n_layer; ++l)
         if (bias_[l])
@@ -677,6 +811,14 @@ class Model {
   }
 
   static void zero(Device& dev, void* p, int64_t bytes) { dev.zero(p, size_t(bytes)); }
+  // Losses, partials of the norm (each has one rank that is home to its rows, the others hold 0), loads of the experts.
+  static void sum_over_ranks(Device&, Model* m) {
+    const Comm& world = m->parallel[Group::world];
+    world.all_reduce(&m->stats_.data()->loss, 3, "losses");
+    world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
+    for (const auto& load : m->load_)
+      if (load && !m->shared_statistics()) m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
+  }
 
   Device& device_;
   Executor<Device> x_;
@@ -689,10 +831,14 @@ class Model {
   Tensor<StepStats> stats_;
   Tensor<OutlierState> outliers_;
   Tensor<ParameterView<Device>> views_;
+  int64_t n_views_ = 0;
+  Tensor<int64_t> first_partials_;
+  std::deque<UpdateTraffic<Device>> traffic_;
   Tensor<Acc> partials_, rope_;
   Tensor<int32_t> tokens_, targets_, positions_, decode_token_, decode_position_;
   Tensor<Real> decode_logits_;
   std::vector<Tensor<int32_t>> load_, replay_, record_;
+  std::vector<int64_t> arrived_rows_;  // of each layer's experts, where they come in passes
   std::vector<Tensor<Acc>> bias_;
   std::vector<Tensor<Real>> k_cache_, v_cache_;
 };

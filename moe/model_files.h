@@ -2,6 +2,7 @@
 // names), optimizer*.safetensors (master, m, v, detector), trainer.json. Logical names and values only, so that any
 // layout and any dtype loads what any other saved.
 #pragma once
+#include <optional>
 #include <set>
 
 #include "llmc/checkpoint.h"
@@ -62,7 +63,8 @@ std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir
 
 }  // namespace model_files
 
-// Writes config.json and model*.safetensors into dir (through `path`, so that a CheckpointWriter can be in charge).
+// Writes config.json and model*.safetensors into dir. All ranks call it, the lead writes; what is written does not depend on
+// the layout.
 template <class Device>
 void write_model(Model<Device>& model, const std::string& dir, const ModelFileInfo& info) {
   using Real = typename Device::Real;
@@ -75,31 +77,37 @@ void write_model(Model<Device>& model, const std::string& dir, const ModelFileIn
     if (model.has_bias(l)) specs.push_back({model_files::bias_name(l), dtype_of<Acc>(), {model.config.n_expert}});
   for (const Parameter& p : model.table.parameters())
     specs.push_back({hf_tensor_name(p.name, type), dtype_of<Real>(), model_files::shape_of(p)});
-  SafetensorsShardedWriter file(dir, "model", specs);
-  for (int64_t l = 0; l < model.config.n_layer; ++l)
+  std::optional<SafetensorsShardedWriter> file;
+  if (model.parallel.lead()) file.emplace(dir, "model", specs);
+  for (int64_t l = 0; file && l < model.config.n_layer; ++l)
     if (model.has_bias(l)) {
       auto bias = model.read_bias(l);
-      file.append(model_files::bias_name(l), bias.data(), bias.size() * sizeof(Acc));
+      file->append(model_files::bias_name(l), bias.data(), bias.size() * sizeof(Acc));
     }
   for (const Parameter& p : model.table.parameters()) {
     auto values = model.read_parameter(p);
+    if (!file) continue;
     std::vector<Real> stored(values.size());
     for (size_t i = 0; i < values.size(); ++i) stored[i] = Real(values[i]);
-    file.append(hf_tensor_name(p.name, type), stored.data(), stored.size() * sizeof(Real));
+    file->append(hf_tensor_name(p.name, type), stored.data(), stored.size() * sizeof(Real));
   }
-  file.finish();
+  if (!file) return;
+  file->finish();
   write_file_atomic(dir + "/config.json", hf_config(model.config, own).dump(2) + "\n");
 }
 
-// Writes a whole checkpoint OUT/step_N and returns its path.
+// Writes a whole checkpoint OUT/step_N and returns its path (on the lead: all ranks call it).
 template <class Device>
 std::string save_checkpoint(Model<Device>& model, const std::string& out, const TrainerState& state,
                             const ModelFileInfo& info, int64_t keep) {
   using Acc = typename Device::Acc;
   using State = typename Model<Device>::State;
-  CheckpointWriter checkpoint(out, state.step);
-  std::string dir = checkpoint.path("");
-  while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
+  std::optional<CheckpointWriter> checkpoint;
+  std::string dir;
+  if (model.parallel.lead()) {
+    dir = checkpoint.emplace(out, state.step).path("");
+    while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
+  }
   write_model(model, dir, info);
 
   std::vector<std::pair<State, const char*>> states{{State::m, "m."}, {State::v, "v."}};
@@ -108,18 +116,22 @@ std::string save_checkpoint(Model<Device>& model, const std::string& out, const 
   for (auto [which, prefix] : states)
     for (const Parameter& p : model.table.parameters())
       specs.push_back({prefix + p.name, dtype_of<Acc>(), model_files::shape_of(p)});
-  SafetensorsShardedWriter file(dir, "optimizer", specs);
-  OutlierState outliers = model.read_outliers();
-  std::vector<double> detector{double(outliers.count)};
-  detector.insert(detector.end(), outliers.loss, outliers.loss + OutlierState::window);
-  detector.insert(detector.end(), outliers.norm, outliers.norm + OutlierState::window);
-  file.append("detector", detector.data(), detector.size() * sizeof(double));
+  std::optional<SafetensorsShardedWriter> file;
+  if (checkpoint) {
+    file.emplace(dir, "optimizer", specs);
+    OutlierState outliers = model.read_outliers();
+    std::vector<double> detector{double(outliers.count)};
+    detector.insert(detector.end(), outliers.loss, outliers.loss + OutlierState::window);
+    detector.insert(detector.end(), outliers.norm, outliers.norm + OutlierState::window);
+    file->append("detector", detector.data(), detector.size() * sizeof(double));
+  }
   for (auto [which, prefix] : states)
     for (const Parameter& p : model.table.parameters()) {
       auto values = model.read_parameter(p, which);
-      file.append(prefix + p.name, values.data(), values.size() * sizeof(Acc));
+      if (file) file->append(prefix + p.name, values.data(), values.size() * sizeof(Acc));
     }
-  file.finish();
+  if (!file) return "";
+  file->finish();
 
   nlohmann::ordered_json trainer{{"step", state.step},
                                  {"next_sample", state.next_sample},
@@ -128,9 +140,14 @@ std::string save_checkpoint(Model<Device>& model, const std::string& out, const 
                                  {"total_batch_tokens", state.total_batch_tokens},
                                  {"seq_len", state.seq_len},
                                  {"dtype", model_files::torch_dtype<Device>()},
-                                 {"layout", {{"dp", 1}, {"ep", 1}, {"etp", 1}, {"tp", 1}, {"pp", 1}}}};
-  checkpoint.write_text("trainer.json", trainer.dump(2) + "\n");
-  return checkpoint.commit(keep);
+                                 {"layout",
+                                  {{"dp", model.parallel.layout.dp},
+                                   {"ep", model.parallel.layout.ep},
+                                   {"etp", model.parallel.layout.etp},
+                                   {"tp", model.parallel.layout.tp},
+                                   {"pp", model.parallel.layout.pp}}}};
+  checkpoint->write_text("trainer.json", trainer.dump(2) + "\n");
+  return checkpoint->commit(keep);
 }
 
 // Reads where a checkpoint's run stands. Errors name the file and the key.

@@ -82,10 +82,10 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--val-data", o.val_data, "token shards for validation; empty: none");
   app.add_option("--tokenizer-ranks", o.tokenizer_ranks,
                  "GPT-2 ranks, for models on GPT-2 tokens (data/get_gpt2_ranks.sh)");
-  app.add_option("--batch-size", o.batch_size, "sequences of a micro-batch");
+  app.add_option("--batch-size", o.batch_size, "sequences of a micro-batch on each rank");
   app.add_option("--seq-len", o.seq_len, "tokens of a sequence");
   app.add_option("--total-batch-tokens", o.total_batch_tokens,
-                 "tokens of a step, by accumulation; 0: batch-size * seq-len");
+                 "tokens of a step, by accumulation; 0: batch-size * seq-len * dp");
   app.add_flag("--overfit-one-batch", o.overfit_one_batch, "train on the first batch again and again");
 
   group("Training");
@@ -149,11 +149,15 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--top-p", o.sampler.top_p, "sample among the most probable that sum to p");
 
   group("Processes");
-  app.add_option("--dp", o.dp, "data parallel ranks");
-  app.add_option("--ep", o.ep, "expert parallel ranks");
-  app.add_option("--etp", o.etp, "tensor parallel ranks of an expert");
-  app.add_option("--tp", o.tp, "tensor parallel ranks");
-  app.add_option("--pp", o.pp, "pipeline stages");
+  app.add_option("--dp", o.layout.dp, "ranks that share the batch");
+  app.add_option("--ep", o.layout.ep, "ranks that share the experts");
+  app.add_option("--etp", o.layout.etp, "ranks that share the width of an expert");
+  app.add_option("--tp", o.layout.tp, "ranks that share heads, dense width and vocabulary");
+  app.add_option("--pp", o.layout.pp, "ranks that share the layers");
+  app.add_option("--world", o.world, "with --dry-run: processes to plan for");
+  app.add_option("--row-headroom", o.row_headroom,
+                 "rows that a rank's experts have memory for, over their share; what exceeds it comes in further passes");
+  app.add_option("--comm-timeout", o.comm_timeout, "seconds to wait for another rank before the job ends");
 
   group("Debugging");
   app.add_flag("--plain-matmul", o.plain_matmul, "our own plain products instead of the matmul library");
@@ -228,7 +232,7 @@ void choose_device(Options& o) {
 }
 }  // namespace
 
-Options parse_options(int argc, char** argv) {
+Options parse_options(int argc, char** argv, int processes) {
   // Twice: the first pass finds the preset, whose values are the defaults of the second.
   Options first;
   Names ignored;
@@ -265,10 +269,11 @@ Options parse_options(int argc, char** argv) {
   not_negative("--checkpoint-every", o.checkpoint_every), not_negative("--keep", o.keep),
       not_negative("--context", o.context);
   positive("--max-new-tokens", o.max_new_tokens);
-  if (o.total_batch_tokens == 0) o.total_batch_tokens = o.batch_size * o.seq_len;
-  if (o.total_batch_tokens % (o.batch_size * o.seq_len))
+  if (o.layout.dp < 1) fail("--dp must be positive, not ", o.layout.dp);
+  if (o.total_batch_tokens == 0) o.total_batch_tokens = o.micro_batch_tokens();
+  if (o.total_batch_tokens % o.micro_batch_tokens())
     fail("--total-batch-tokens ", o.total_batch_tokens, " is not a multiple of --batch-size ", o.batch_size,
-         " x --seq-len ", o.seq_len);
+         " x --seq-len ", o.seq_len, o.layout.dp > 1 ? " x --dp " + std::to_string(o.layout.dp) : "");
   if (!(o.epochs > 0 && o.epochs <= 1e6)) fail("--epochs must be positive (at most 1e6), not ", o.epochs);
   if (!(o.memory_budget >= 0 && o.memory_budget <= 1e9))
     fail("--memory-budget is in GiB: not negative, at most 1e9, not ", o.memory_budget);
@@ -297,10 +302,20 @@ Options parse_options(int argc, char** argv) {
   if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)
     fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(),
          " micro-batches a step use fp32");
-  const std::pair<const char*, int64_t> processes[] = {
-      {"--dp", o.dp}, {"--ep", o.ep}, {"--etp", o.etp}, {"--tp", o.tp}, {"--pp", o.pp}};
-  for (auto [option, n] : processes)
-    if (n != 1) fail(option, " ", n, ": this build runs as a single process; only 1 is possible");
+  if (o.world != 1 && !o.dry_run) fail("--world belongs to --dry-run; mpirun or RANK and WORLD_SIZE start processes");
+  if (processes > 1) o.world = processes;
+  o.layout.validate(o.world, o.model);
+  const std::pair<const char*, int> cuts[] = {{"--etp", o.layout.etp}, {"--tp", o.layout.tp}, {"--pp", o.layout.pp}};
+  for (auto [option, n] : cuts)
+    if (n != 1) fail(option, " ", n, ": not possible yet; use --dp and --ep");
+  if (o.layout.ep > 1 && o.model.capacity_factor > 0)
+    fail("--capacity-factor counts the rows of an expert on one rank; with --ep ", o.layout.ep, " nothing is dropped");
+  if (!(o.row_headroom > 0 && o.row_headroom <= 1e6)) fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
+  if (o.world > 1) {
+    if (o.generate || !o.export_format.empty()) fail(o.generate ? "--generate" : "--export", " runs as a single process");
+    if (o.sample_every) fail("--sample-every: several processes do not generate; use --generate with a checkpoint");
+    if (!o.record_routing.empty()) fail("--record-routing records a single process");
+  }
   if (o.resume && !o.init_from.empty())
     fail(
         "--resume and --init-from exclude each other: the first goes on with --out, the second starts anew from other "

@@ -5,6 +5,7 @@
 
 #include "llmc/sampler.h"
 #include "llmc/schedule.h"
+#include "moe/layout.h"
 #include "moe/model.h"
 
 struct Options {
@@ -45,12 +46,17 @@ struct Options {
   int64_t max_new_tokens = 256, context = 0;  // 0: the sequence length of training
   SamplerOptions sampler;
   // Processes
-  int64_t dp = 1, ep = 1, etp = 1, tp = 1, pp = 1;
+  Layout layout;
+  int world = 1;              // processes of the job
+  double comm_timeout = 600;  // seconds
+  double row_headroom = 1.5;  // as in RunOptions
   bool plain_matmul = false, no_graphs = false;
   std::string experts = "auto";
 
-  int64_t micro_steps() const { return total_batch_tokens / (batch_size * seq_len); }
+  // Tokens that all ranks together take at a time, and how often they do in a step.
+  int64_t micro_batch_tokens() const { return batch_size * seq_len * layout.dp; }
+  int64_t micro_steps() const { return total_batch_tokens / micro_batch_tokens(); }
 };
 
-// Parses argv. --help prints the grouped help and exits 0. Errors: anything unknown, malformed or contradictory, one line.
-Options parse_options(int argc, char** argv);
+// Parses argv; `processes`: of the job. --help prints the grouped help and exits 0. Errors: anything unknown, malformed or contradictory, one line.
+Options parse_options(int argc, char** argv, int processes = 1);

@@ -61,6 +61,12 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
   add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
   for (size_t l = 0; l < ours.layers.size(); ++l) {
     if (ours.layers[l].part != "moe") continue;
+    if (const int ep = run.parallel.layout.ep; ep > 1) {
+      const ExpertRows rows = expert_rows(config, run, N, ep);
+      add("a rank's experts have memory for %lld rows (%g times its share of %lld); a step with more takes up to %lld "
+          "passes\n",
+          (long long)rows.a_pass, run.row_headroom, (long long)(N * config.top_k), (long long)rows.passes());
+    }
     size_t formula = real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
     const char* name = real_bytes == 2 ? "2NC + 4NKF" : real_bytes == 4 ? "4NC + 8NKF" : "8NC + 16NKF";
     add("a MoE layer keeps %zu (recompute %s); %s = %zu; %s keeps %zu\n", ours.layers[l].saved,

@@ -124,7 +124,7 @@ template <class Device>
 void balance_loss(Device&, StepStats* stats, int32_t* load, const typename Device::Acc* group_prob,
                   const int32_t* group_count, const typename Device::Acc* lse, const StepParams* params,
                   RouterShape shape) {
-  double tokens = double(shape.N) / double(shape.G), balance = 0, z = 0;
+  double tokens = double(shape.N * shape.ranks) / double(shape.G), balance = 0, z = 0;
   for (int64_t i = 0; i < shape.G * shape.E; ++i) {
     balance += double(group_count[i]) / (tokens * double(shape.K)) * double(group_prob[i]) / tokens;
     load[i % shape.E] += group_count[i];
@@ -145,9 +145,10 @@ void router_backward(Device& dev, typename Device::Real* dx, Grad<Device> dwg, v
   Acc* ds_all = static_cast<Acc*>(scratch);  // (N,E), transient
   Acc* shares = ds_all + N * E;
   Acc z_scale = Acc(2 * shape.z_coef * params->micro_step_scale / double(N));
-  // d aux / d P_e of a token's group, per selection counted: coef * E / G * f_e / tokens, f_e = count / (tokens * K).
+  // d aux / d P_e of a token's group, per selection counted: coef * E / G * f_e / tokens, f_e = count / (tokens * K). Over
+  // several ranks f_e is of the tokens of all; that P_e is too is in micro_step_scale, an average over ranks.
   Acc aux_scale = Acc(shape.aux_coef * params->micro_step_scale * double(E) / double(shape.G) /
-                      (double(per_group) * double(per_group) * double(K)));
+                      (double(per_group) * double(per_group * shape.ranks) * double(K)));
 #pragma omp parallel for
   for (int64_t n0 = 0; n0 < N; n0 += block_tokens) {
     int64_t rows = std::min(block_tokens, N - n0);

@@ -51,7 +51,7 @@ __global__ void sum_statistics(float* group_prob, int32_t* group_count, const fl
 __global__ void __launch_bounds__(1024)
     add_balance_loss(StepStats* stats, int32_t* load, const float* group_prob, const int32_t* group_count,
                      const float* lse, const StepParams* params, RouterShape shape) {
-  double tokens = double(shape.N) / double(shape.G), balance = 0, z = 0;
+  double tokens = double(shape.N * shape.ranks) / double(shape.G), balance = 0, z = 0;
   for (int64_t i = threadIdx.x; i < shape.G * shape.E; i += 1024)
     balance += double(group_count[i]) / (tokens * double(shape.K)) * double(group_prob[i]) / tokens;
   for (int64_t n = threadIdx.x; n < shape.N; n += 1024) z += double(lse[n]) * double(lse[n]);

@@ -24,6 +24,7 @@ struct RouterShape {
   bool norm_topk_prob;
   double route_scale;  // sigmoid only
   double aux_coef, z_coef;
+  int64_t ranks = 1;  // processes whose tokens share the statistics: group_prob and group_count are their sums
 };
 
 // out     gates (N,K) Acc; top_k_index (N,K) int32, best first

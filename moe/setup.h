@@ -21,9 +21,11 @@ inline RunOptions run_options(const Options& o) {
   r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
   r.separate_arena = o.arena == "separate";
-  r.graphs = !o.no_graphs;
+  r.graphs = !o.no_graphs && o.layout.ep == 1;  // the exchange of tokens reads its counts on the host
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
+  r.row_headroom = o.row_headroom;
+  r.parallel.layout = o.layout, r.parallel.here = place(o.layout, 0);
   for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
     if (o.recompute == name_of(p)) r.recompute.assign(o.model.n_layer, p);
   return r;

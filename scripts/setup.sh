@@ -5,7 +5,7 @@ set -euo pipefail
 
 # Without these nothing builds; without those something is slower or refuses with a line that says so.
 required=(g++ cmake make python3 libcli11-dev nlohmann-json3-dev libgtest-dev bible-kjv bible-kjv-text)
-optional=(libdnnl-dev libopenblas-dev libpcre2-dev ninja-build ccache)
+optional=(libdnnl-dev libopenblas-dev libpcre2-dev libopenmpi-dev openmpi-bin ninja-build ccache)
 
 # A tool counts as installed wherever it came from, a library as a package.
 installed() {

@@ -15,7 +15,7 @@
 #include "dev/collectives/02_one_shot.cuh"
 #include "dev/collectives/03_two_shot.cuh"
 #include "dev/collectives/04_pull_rows.cuh"
-#ifdef WITH_NCCL
+#ifdef GPT_MOE_NCCL
 #include "dev/collectives/nccl.cuh"
 #endif
 #include "llmc/random.h"
@@ -155,7 +155,7 @@ struct Case {
   std::vector<Contender> contenders;
 };
 
-#ifdef WITH_NCCL
+#ifdef GPT_MOE_NCCL
 using Library = Nccl;
 const char* const library = "nccl";
 const std::vector<std::string> variants = {"nccl",        "01_copy",      "02_one_shot",
@@ -181,14 +181,14 @@ void add_contenders(Case<T>& c, const Ranks& ranks, const two_shot::Meeting& mee
         {"01_copy", [&, n] { copy_engine::all_reduce(ranks, c.out, c.in, c.staging, n); }, once, (W + 1) * bytes});
     list.push_back({"02_one_shot", [&, n] { one_shot::all_reduce(ranks, c.out, c.in, n); }, once});
     list.push_back({"03_two_shot", [&, n] { two_shot::all_reduce(ranks, c.out, c.in, meeting, n); }, twice});
-#ifdef WITH_NCCL
+#ifdef GPT_MOE_NCCL
     list.push_back({"nccl", [&, n] { lib.all_reduce(c.out, c.in, n); }, twice, 0, false});
 #endif
   } else if (c.problem.op == Op::all_gather) {
     c.least_bytes = (W - 1) * bytes;
     list.push_back({"01_copy", [&, n] { copy_engine::all_gather(ranks, c.out, c.in, n); }, c.least_bytes, 2 * bytes});
     list.push_back({"02_one_shot", [&, n] { one_shot::all_gather(ranks, c.out, c.in, n); }, c.least_bytes});
-#ifdef WITH_NCCL
+#ifdef GPT_MOE_NCCL
     list.push_back({"nccl", [&, n] { lib.all_gather(c.out, c.in, n); }, c.least_bytes});
 #endif
   } else {
@@ -197,7 +197,7 @@ void add_contenders(Case<T>& c, const Ranks& ranks, const two_shot::Meeting& mee
     list.push_back({"01_copy", [&] { copy_engine::all_to_all(ranks, c.out, c.packed, c.in, c.exchange); },
                     c.least_bytes, packing + 2 * bytes});
     list.push_back({"04_pull_rows", [&] { pull_rows::all_to_all(ranks, c.out, c.in, c.exchange); }, c.least_bytes});
-#ifdef WITH_NCCL
+#ifdef GPT_MOE_NCCL
     // Second, what the exchange alone takes: of rows that something has laid side by side before.
     auto pack = [&] { pack_for_sending(ranks, c.packed, c.in, c.exchange); };
     auto send = [&] { lib.all_to_all(c.out, c.packed, c.exchange); };
@@ -501,7 +501,7 @@ int run(const Options& options) {
   Lab lab("collectives", options);
   Ranks ranks{int(n)};
   Clock clock(ranks);
-#ifdef WITH_NCCL
+#ifdef GPT_MOE_NCCL
   const Library lib(ranks);
   std::printf("NCCL %s\n", Nccl::version().c_str());
 #else

@@ -109,35 +109,35 @@ inline void backward_experts(Device& dev, const std::vector<int32_t>* offsets_on
 
 inline Tensor<char> library_scratch(Layer& l) {
   return l.x.tensor<char>("matmul.scratch",
-                          {int64_t(matmul_scratch_bytes<Device>(l.experts.R, l.experts.C, 2 * l.experts.F))});
+                          {int64_t(matmul_scratch_bytes<Device>(l.experts.shape.R, l.experts.shape.C, 2 * l.experts.shape.F))});
 }
 
 inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
   auto& x = l.x;
-  const int64_t N = l.router.N, R = l.experts.R, C = l.experts.C, F = l.experts.F;
+  const int64_t N = l.router.N, R = l.experts.shape.R, C = l.experts.shape.C, F = l.experts.shape.F;
   const Category saved = keep ? Category::saved : Category::workspace;
   route(l, s, input, keep);
-  s.rows = x.tensor<bf16>("x_rows", {R, C}, saved);
-  s.experts.h = x.tensor<bf16>("h", {R, 2 * F}, saved);
-  s.experts.a = x.tensor<bf16>("a", {R, F}, saved);
+  s.experts.rows = x.tensor<bf16>("x_rows", {R, C}, saved);
+  s.experts.mlp.h = x.tensor<bf16>("h", {R, 2 * F}, saved);
+  s.experts.mlp.a = x.tensor<bf16>("a", {R, F}, saved);
   s.y = x.tensor<bf16>("y", {R, C}, saved);
   auto out = x.tensor<bf16>("residual", {N, C});
-  x.op("experts", forward_experts, &s.offsets_on_host, out, s.rows, s.experts.h, s.experts.a, s.y, library_scratch(l),
-       input, residual, l.weights.w13, l.weights.w2, s.gates, s.plan.counts, s.plan.offsets, s.plan.row_slot,
-       l.experts);
+  x.op("experts", forward_experts, &s.offsets_on_host, out, s.experts.rows, s.experts.mlp.h, s.experts.mlp.a, s.y, library_scratch(l),
+       input, residual, l.experts.weights.w13, l.experts.weights.w2, s.gates, s.experts.plan.counts, s.experts.plan.offsets, s.experts.plan.row_slot,
+       l.experts.shape);
   return out;
 }
 
 inline Rows backward(Layer& l, Saved& s, Rows input, Rows dout) {
   auto& x = l.x;
-  const int64_t N = l.router.N, K = l.router.K, C = l.experts.C, F = l.experts.F;
+  const int64_t N = l.router.N, K = l.router.K, C = l.experts.shape.C, F = l.experts.shape.F;
   auto dinput = x.tensor<bf16>("dinput", {N, C});
   auto dgates = x.tensor<float>("dgates", {N, K});
   auto dy = x.tensor<bf16>("dy", {N, C}), da = x.tensor<bf16>("da", {N, F}), dh = x.tensor<bf16>("dh", {N, 2 * F}),
        dx = x.tensor<bf16>("dx_expert", {N, C});
-  x.op("experts backward", backward_experts, &s.offsets_on_host, dinput, dgates, l.weights.dw13, l.weights.dw2, dy, da,
-       dh, dx, library_scratch(l), dout, l.weights.w13, l.weights.w2, s.rows, s.experts.h, s.experts.a, s.y, s.gates,
-       s.plan.counts, s.plan.row_slot, l.experts);
+  x.op("experts backward", backward_experts, &s.offsets_on_host, dinput, dgates, l.experts.weights.dw13, l.experts.weights.dw2, dy, da,
+       dh, dx, library_scratch(l), dout, l.experts.weights.w13, l.experts.weights.w2, s.experts.rows, s.experts.mlp.h, s.experts.mlp.a, s.y, s.gates,
+       s.experts.plan.counts, s.experts.plan.row_slot, l.experts.shape);
   Rows of_router = router_gradient(l, s, input, dgates);
   x.op("router dX add", residual_add<Device>, dinput, dinput, of_router, N * C);
   return dinput;

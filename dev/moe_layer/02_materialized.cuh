@@ -32,38 +32,38 @@ inline void rows_times_transposed(Device& dev, bf16* out, const bf16* in, const 
 
 inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
   auto& x = l.x;
-  const ExpertShape& e = l.experts;
+  const ExpertShape& e = l.experts.shape;
   const int64_t N = l.router.N;
   const Category saved = keep ? Category::saved : Category::workspace;
   route(l, s, input, keep);
-  s.rows = x.tensor<bf16>("x_rows", {e.R, e.C}, saved);
-  s.experts.h = x.tensor<bf16>("h", {e.R, 2 * e.F}, saved);
-  s.experts.a = x.tensor<bf16>("a", {e.R, e.F}, saved);
+  s.experts.rows = x.tensor<bf16>("x_rows", {e.R, e.C}, saved);
+  s.experts.mlp.h = x.tensor<bf16>("h", {e.R, 2 * e.F}, saved);
+  s.experts.mlp.a = x.tensor<bf16>("a", {e.R, e.F}, saved);
   s.y = x.tensor<bf16>("y", {e.R, e.C}, saved);
-  x.op("gather x", dispatch_gather<Device>, s.rows, input, s.plan.offsets, s.plan.row_slot, N, e.K, e.E, e.C);
-  x.op("experts up", rows_times, s.experts.h, s.rows, l.weights.w13, s.plan.offsets, e, e.C, 2 * e.F);
-  x.op("swiglu", swiglu_forward<Device>, s.experts.a, s.experts.h, e.R, e.F);
-  x.op("experts down", rows_times, s.y, s.experts.a, l.weights.w2, s.plan.offsets, e, e.F, e.C);
+  x.op("gather x", dispatch_gather<Device>, s.experts.rows, input, s.experts.plan.offsets, s.experts.plan.row_slot, N, e.K, e.E, e.C);
+  x.op("experts up", rows_times, s.experts.mlp.h, s.experts.rows, l.experts.weights.w13, s.experts.plan.offsets, e, e.C, 2 * e.F);
+  x.op("swiglu", swiglu_forward<Device>, s.experts.mlp.a, s.experts.mlp.h, e.R, e.F);
+  x.op("experts down", rows_times, s.y, s.experts.mlp.a, l.experts.weights.w2, s.experts.plan.offsets, e, e.F, e.C);
   return combine_rows(l, s, s.y, residual);
 }
 
 inline Rows backward(Layer& l, Saved& s, Rows input, Rows dout) {
   auto& x = l.x;
-  const ExpertShape& e = l.experts;
+  const ExpertShape& e = l.experts.shape;
   const int64_t N = l.router.N;
   const Tensor<int32_t> one_to_one;
   auto dy = x.tensor<bf16>("dy_rows", {e.R, e.C});
   auto dgates = x.tensor<float>("dgates", {N, e.K});
   auto da = x.tensor<bf16>("da", {e.R, e.F});
   auto dh = x.tensor<bf16>("dh", {e.R, 2 * e.F});
-  x.op("gather dout", dispatch_gather<Device>, dy, dout, s.plan.offsets, s.plan.row_slot, N, e.K, e.E, e.C);
-  x.op("gate gradient", dot_rows, dgates, dy, s.y, s.plan.offsets, s.plan.row_slot, e.R, 0, e.E, e.C);
-  x.op("times gate", scale_rows, dy, s.gates, s.plan.offsets, s.plan.row_slot, e.R, e.E, e.C);
-  x.op("experts dA", rows_times_transposed, da, dy, l.weights.w2, s.plan.offsets, e, e.F, e.C);
-  x.op("experts dW2", experts_down_backward_weight<Device>, l.weights.dw2, l.scratch(), dy, s.experts.a, s.plan.offsets,
+  x.op("gather dout", dispatch_gather<Device>, dy, dout, s.experts.plan.offsets, s.experts.plan.row_slot, N, e.K, e.E, e.C);
+  x.op("gate gradient", dot_rows, dgates, dy, s.y, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, 0, e.E, e.C);
+  x.op("times gate", scale_rows, dy, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.E, e.C);
+  x.op("experts dA", rows_times_transposed, da, dy, l.experts.weights.w2, s.experts.plan.offsets, e, e.F, e.C);
+  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dy, s.experts.mlp.a, s.experts.plan.offsets,
        one_to_one, e);
-  x.op("swiglu backward", swiglu_backward<Device>, dh, da, s.experts.h, e.R, e.F);
-  x.op("experts dW13", experts_up_backward_weight<Device>, l.weights.dw13, l.scratch(), dh, s.rows, s.plan.offsets,
+  x.op("swiglu backward", swiglu_backward<Device>, dh, da, s.experts.mlp.h, e.R, e.F);
+  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh, s.experts.rows, s.experts.plan.offsets,
        one_to_one, e);
   return gradient_of_tokens(l, s, input, dh, dgates);
 }

@@ -87,23 +87,24 @@ struct LayerProgram {
 
   void run(Id id) {
     plan.set_place(0, "moe");
+    const RouterShape router = shape.router();
+    const ExpertShape experts = shape.experts();
     MoeLayer<Device> layer{x,
-                           shape.router(),
-                           shape.experts(),
-                           0,
-                           settings.policy,
-                           settings.dispatch,
+                           router,
+                           {x, experts, router.N, experts.R, 0, settings.policy, settings.dispatch, {w13, w2, dw13, dw2}, {}},
                            wg,
                            dwg,
                            {},
-                           {w13, w2, dw13, dw2},
                            {},
                            0,
                            load,
                            replay,
                            {},
                            stats,
-                           params};
+                           params,
+                           {1, 0, router.N, router.K, router.E},
+                           {},
+                           {}};
     saved = {};
     bool keep = id == forward_backward;
     x.begin(id);

@@ -53,19 +53,19 @@ inline void route(Layer& l, Saved& s, Rows input, bool keep) {
   x.op("router", router_forward<Device>, s.gates, s.top_k_index, s.lse, group_prob, s.group_count, l.router_scratch(),
        input, l.wg, l.bias, l.replay, l.router);
   x.op("balance loss", balance_loss<Device>, l.stats, l.load, group_prob, s.group_count, s.lse, l.params, l.router);
-  s.plan.counts = x.tensor<int32_t>("counts", {E}, metadata);
-  s.plan.offsets = x.tensor<int32_t>("offsets", {E + 1}, metadata);
-  s.plan.row_slot = x.tensor<int32_t>("row_slot", {l.experts.R}, metadata);
-  s.plan.slot_row = x.tensor<int32_t>("slot_row", {N, K}, metadata);
+  s.experts.plan.counts = x.tensor<int32_t>("counts", {E}, metadata);
+  s.experts.plan.offsets = x.tensor<int32_t>("offsets", {E + 1}, metadata);
+  s.experts.plan.row_slot = x.tensor<int32_t>("row_slot", {l.experts.shape.R}, metadata);
+  s.experts.plan.slot_row = x.tensor<int32_t>("slot_row", {N, K}, metadata);
   auto scratch = x.tensor<char>("plan.scratch", {int64_t(dispatch_scratch_bytes<Device>(N, K, E))});
-  x.op("routing plan", dispatch_plan<Device>, s.plan, scratch, s.top_k_index, N, K, E, l.capacity);
+  x.op("routing plan", dispatch_plan<Device>, s.experts.plan, scratch, s.top_k_index, N, K, E, l.experts.capacity);
 }
 
 // out (N,C) = residual + the gated sum of each token's rows of y (R,C).
 inline Rows combine_rows(Layer& l, const Saved& s, Rows y, Rows residual) {
   const int64_t N = l.router.N, C = l.router.C, K = l.router.K;
   auto out = l.x.tensor<bf16>("residual", {N, C});
-  l.x.op("combine", combine<Device>, out, y, residual, s.gates, s.plan.slot_row, N, K, C);
+  l.x.op("combine", combine<Device>, out, y, residual, s.gates, s.experts.plan.slot_row, N, K, C);
   return out;
 }
 
@@ -81,11 +81,11 @@ inline Rows router_gradient(Layer& l, const Saved& s, Rows input, Tensor<float> 
 // the rows'.
 inline Rows gradient_of_tokens(Layer& l, const Saved& s, Rows input, Rows dh, Tensor<float> dgates) {
   const int64_t N = l.router.N, C = l.router.C, K = l.router.K;
-  auto dx_rows = l.x.tensor<bf16>("dx_rows", {l.experts.R, C});
-  l.x.op("experts dX", experts_up_backward_input<Device>, dx_rows, l.scratch(), dh, l.weights.w13, s.plan.offsets,
-         l.experts);
+  auto dx_rows = l.x.tensor<bf16>("dx_rows", {l.experts.shape.R, C});
+  l.x.op("experts dX", experts_up_backward_input<Device>, dx_rows, l.experts.scratch(), dh, l.experts.weights.w13, s.experts.plan.offsets,
+         l.experts.shape);
   Rows dinput = router_gradient(l, s, input, dgates);
-  l.x.op("combine backward", combine<Device>, dinput, dx_rows, dinput, nullptr, s.plan.slot_row, N, K, C);
+  l.x.op("combine backward", combine<Device>, dinput, dx_rows, dinput, nullptr, s.experts.plan.slot_row, N, K, C);
   return dinput;
 }
 

@@ -52,6 +52,7 @@ struct Tensors {
   BufferShape a{"a", 130, 3, true, true}, b{"b", 64, 5, wide, false}, c{"c", 200, 77, wide, false};
   std::vector<double> grad_a = some_grad(a), grad_b = some_grad(b), grad_c = some_grad(c);
   static constexpr int64_t n_views = 5, n_partials = 3 + 1 + 1 + 2 + 2;
+  const std::vector<int64_t> first_partials{0, 3, 4, 5, 7, n_partials};
   explicit Tensors(bool wide) : wide(wide) {
     for (int64_t row = 7; row < 64; ++row)
       if (!(row >= 16 && row % 16 < 8)) std::fill_n(&grad_b[row * 5], 5, std::numeric_limits<double>::quiet_NaN());
@@ -125,7 +126,7 @@ TYPED_TEST(GpuUpdate, NormAndClippingSmall) {
         global_norm_partials(b.dev, partials, views, t.n_views);
         auto* stats = b.stats({{.loss = 3}});
         auto* outliers = b.upload(std::vector<OutlierState>(1));
-        update_decision(b.dev, stats, outliers, partials, views, t.n_views, t.n_partials, {.clip_norm = clip_norm});
+        update_decision(b.dev, stats, outliers, partials, b.upload(t.first_partials), t.n_views, {.clip_norm = clip_norm});
         b.watch("count", Output::exact, &outliers->count, 1);
         b.watch("window", Output::sums, outliers->loss, 2 * OutlierState::window);
         adamw(b.dev, views, b.params({.learning_rate = 0.01, .step = 1}), stats, t.n_views, kAdamW);
@@ -147,7 +148,7 @@ TYPED_TEST(GpuUpdate, NormOfLargeTensors) {
         auto* out = b.out_acc("partials", partials);
         auto* table = b.upload(views);
         global_norm_partials(b.dev, out, table, 2);
-        update_decision(b.dev, b.stats(), b.upload(std::vector<OutlierState>(1)), out, table, 2, partials, {});
+        update_decision(b.dev, b.stats(), b.upload(std::vector<OutlierState>(1)), out, b.upload(std::vector<int64_t>{0, norm_blocks(large.rows), partials}), 2, {});
       },
       norm_block_rows * 1025);
 }
@@ -170,7 +171,7 @@ TYPED_TEST(GpuUpdate, NanAndInfSkipTheUpdateAndNameTheFirstBadTensorSmall) {
       auto* stats = b.stats({{.loss = tensor == -2 ? bad : 3, .bad_tensor = tensor == -2 ? -2 : -1}});
       auto* outliers = b.upload(std::vector<OutlierState>(1));
       global_norm_partials(b.dev, partials, views, t.n_views);
-      update_decision(b.dev, stats, outliers, partials, views, t.n_views, t.n_partials,
+      update_decision(b.dev, stats, outliers, partials, b.upload(t.first_partials), t.n_views,
                       {.clip_norm = 1, .skip_loss_z = 1e-9});
       adamw(b.dev, views, b.params({.learning_rate = 0.1, .step = 1}), stats, t.n_views, kAdamW);
       StepStats s = b.read(stats)[0];
@@ -203,7 +204,7 @@ TYPED_TEST(GpuUpdate, OutliersSmall) {
       for (size_t i = 0; i < steps.size(); ++i) {
         std::vector<double> partials(t.n_partials, 0.0);
         partials[4] = steps[i].norm * steps[i].norm;
-        update_decision(b.dev, out + i, outliers, b.acc(partials), views, t.n_views, t.n_partials, rules);
+        update_decision(b.dev, out + i, outliers, b.acc(partials), b.upload(t.first_partials), t.n_views, rules);
       }
       b.watch("count", Output::exact, &outliers->count, 1);
       b.watch("window", Output::sums, outliers->loss, 2 * OutlierState::window);

@@ -1,0 +1,97 @@
+// Where optimizer state lives, how gradients get there and weights come back (ZeRO stage 1, Rajbhandari et al. 2020, with
+// homes that do not depend on who computes).
+//
+// The ranks of a group share a matrix, its space: each computes with some of its rows (a host: all rows, or those of its
+// experts), and each is home to some of its rows: master weights and moments of a row are on one rank of the group alone.
+// An update is: every host sends its gradient of a row to the row's home; the home adds them up in the order of the ranks,
+// steps, and sends the new weights to every host. Rows are dealt out in units of 64 logical rows, so that the norm of the
+// gradient is summed in the same blocks whoever is home to them.
+//
+// A space may be cut into slabs of columns of equal width, of which a host has one (experts cut by their width).
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "llmc/gradient.h"
+
+// Some rows that this rank shares with another: `row` counts in this rank's memory.
+struct Share {
+  int rank;
+  int64_t row, rows;
+};
+
+struct Homes {
+  struct Host {
+    int64_t row = 0, rows = 0;  // in the space
+    int slab = 0;
+  };
+  int group = 0;  // the caller's number of the communicator
+  int rank = 0;   // in it
+  int slabs = 1;
+  std::vector<Host> hosts;       // by rank
+  std::vector<int64_t> bounds;   // rank r is home to the rows [bounds[r], bounds[r+1])
+
+  const Host& mine() const { return hosts[rank]; }
+  int64_t home_begin() const { return bounds[rank]; }
+  int64_t home_end() const { return bounds[rank + 1]; }
+  // Whether this rank computes with all rows that are at home on it, so that they are updated where they stand.
+  bool home_is_mine() const {
+    return home_begin() == home_end() ||
+           (slabs == 1 && mine().row <= home_begin() && home_end() <= mine().row + mine().rows);
+  }
+  // Whether it alone computes with them, so that its gradient is the sum.
+  bool gradient_is_mine() const {
+    for (const Share& s : from_hosts())
+      if (s.rank != rank) return false;
+    return home_is_mine();
+  }
+  // Rows that this rank computes with, by their homes, in the order of the ranks: rows of its buffer.
+  std::vector<Share> to_homes() const {
+    std::vector<Share> shares;
+    for (int r = 0; r < int(hosts.size()); ++r) add(shares, r, mine(), bounds[r], bounds[r + 1], -mine().row);
+    return shares;
+  }
+  // Rows at home here, by who computes with them: rows of its home memory, (slabs, home rows).
+  std::vector<Share> from_hosts() const {
+    std::vector<Share> shares;
+    for (int r = 0; r < int(hosts.size()); ++r)
+      add(shares, r, hosts[r], home_begin(), home_end(), (home_end() - home_begin()) * hosts[r].slab - home_begin());
+    return shares;
+  }
+
+ private:
+  static void add(std::vector<Share>& shares, int rank, const Host& host, int64_t begin, int64_t end, int64_t shift) {
+    begin = std::max(begin, host.row), end = std::min(end, host.row + host.rows);
+    if (begin < end) shares.push_back({rank, begin + shift, end - begin});
+  }
+};
+
+// A process alone: all rows.
+inline Homes home_alone(int64_t rows) { return {0, 0, 1, {{0, rows, 0}}, {0, rows}}; }
+
+// Bounds of the homes of `ranks` ranks over pieces of these numbers of rows, one after another, each dealt out in units of
+// `unit` rows (its last may be shorter), as evenly as whole units allow.
+inline std::vector<int64_t> home_bounds(const std::vector<int64_t>& pieces, int64_t unit, int ranks) {
+  std::vector<int64_t> starts;
+  int64_t row = 0;
+  for (int64_t rows : pieces) {
+    for (int64_t r = 0; r < rows; r += unit) starts.push_back(row + r);
+    row += rows;
+  }
+  int64_t units = int64_t(starts.size());
+  starts.push_back(row);
+  std::vector<int64_t> bounds;
+  for (int r = 0; r <= ranks; ++r) bounds.push_back(starts[units * r / ranks]);
+  return bounds;
+}
+
+// Contributions to a sum, in its order.
+struct SumParts {
+  static constexpr int most = 16;
+  const void* part[most] = {};
+  int n = 0;
+};
+// out (n) = (add: out +) part[0] + part[1] + ..., added one after the other in Acc; parts are Acc (wide) or Real.
+template <class Device>
+void sum_parts(Device& dev, typename Device::Acc* out, SumParts parts, bool wide, bool add, int64_t n);

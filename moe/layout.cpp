@@ -1,0 +1,136 @@
+#include "moe/layout.h"
+
+#include <sstream>
+
+#include "llmc/error.h"
+#include "llmc/swiglu.h"
+
+namespace {
+
+std::string shown(const std::vector<int>& ranks) {
+  std::ostringstream text;
+  for (size_t i = 0; i < ranks.size() && i < 8; ++i) text << (i ? " " : "") << ranks[i];
+  if (ranks.size() > 8) text << " ... " << ranks.back();
+  return text.str();
+}
+
+// Whether two ranks are in one group: all that the group does not run over is equal.
+bool together(const Layout& layout, Group g, const Place& a, const Place& b) {
+  const bool stage = a.pp == b.pp;
+  switch (g) {
+    case Group::world:
+      return true;
+    case Group::stage:
+      return stage;
+    case Group::dp:
+      return stage && a.tp == b.tp;
+    case Group::tp:
+      return stage && a.dp == b.dp;
+    case Group::pp:
+      return a.dp == b.dp && a.tp == b.tp;
+    case Group::ep:
+      return stage && a.edp == b.edp && a.etp == b.etp;
+    case Group::etp:
+      return stage && a.edp == b.edp && a.ep == b.ep;
+    case Group::edp:
+      return stage && a.ep == b.ep && a.etp == b.etp;
+    case Group::ends: {
+      auto at_end = [&](const Place& p) { return p.pp == 0 || p.pp == layout.pp - 1; };
+      return at_end(a) && at_end(b) && a.dp == b.dp && a.tp == b.tp;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+void Layout::validate(int processes, const ModelConfig& model) const {
+  for (auto [option, value] : {std::pair{"--dp", dp}, {"--tp", tp}, {"--pp", pp}, {"--ep", ep}, {"--etp", etp}})
+    if (value < 1 || value > (1 << 20)) fail(option, " must be from 1 to 2^20, not ", value);
+  if (int64_t(dp) * tp * pp != processes)
+    fail("--dp ", dp, " --tp ", tp, " --pp ", pp, " are ", int64_t(dp) * tp * pp, " processes, but ", processes,
+         processes == 1 ? " runs" : " run", "; start as many as their product");
+  if (stage_ranks() % (int64_t(ep) * etp))
+    fail("--ep ", ep, " --etp ", etp, ": their product ", int64_t(ep) * etp,
+         " does not divide --dp x --tp = ", stage_ranks());
+  if (pp > model.n_layer) fail("--pp ", pp, " is more than the ", model.n_layer, " layers of the model (--n-layer)");
+  if (model.n_head % tp || model.n_kv_head % tp)
+    fail("--tp ", tp, " does not divide --n-head ", model.n_head, " and --n-kv-head ", model.n_kv_head);
+  if (model.padded_vocab() % tp) fail("--tp ", tp, " does not divide the padded vocabulary, ", model.padded_vocab());
+  for (auto [option, width] : {std::pair{"--d-dense", model.d_dense}, {"--d-shared", model.d_shared}})
+    if (width % (int64_t(tp) * swiglu_interleave))
+      fail("--tp ", tp, " does not cut ", option, " ", width, " into multiples of ", swiglu_interleave);
+  if (model.n_expert % ep) fail("--ep ", ep, " does not divide --n-expert ", model.n_expert);
+  if (model.d_expert % (int64_t(etp) * swiglu_interleave))
+    fail("--etp ", etp, " does not cut --d-expert ", model.d_expert, " into multiples of ", swiglu_interleave);
+}
+
+Place place(const Layout& layout, int rank) {
+  const int in_stage = rank % layout.stage_ranks();
+  return {rank,
+          rank / layout.stage_ranks(),
+          in_stage / layout.tp,
+          in_stage % layout.tp,
+          in_stage / (layout.ep * layout.etp),
+          in_stage / layout.etp % layout.ep,
+          in_stage % layout.etp};
+}
+
+const char* name_of(Group g) {
+  constexpr const char* names[] = {"world", "stage", "dp", "tp", "pp", "ep", "etp", "edp", "ends"};
+  return names[int(g)];
+}
+const char* purpose_of(Group g) {
+  constexpr const char* purposes[] = {"loss, gradient norm, decisions",
+                                      "experts' optimizer state and its homes",
+                                      "dense gradients and weights",
+                                      "activations of split layers",
+                                      "activations and their gradients, to the neighbour",
+                                      "tokens to experts and back",
+                                      "activations of split experts",
+                                      "gradients of experts",
+                                      "tied embeddings"};
+  return purposes[int(g)];
+}
+
+std::vector<int> members(const Layout& layout, Group g, int rank) {
+  const Place mine = place(layout, rank);
+  std::vector<int> ranks;
+  for (int other = 0; other < layout.world(); ++other)
+    if (together(layout, g, mine, place(layout, other))) ranks.push_back(other);
+  return ranks;
+}
+
+std::vector<std::vector<int>> all_groups(const Layout& layout, Group g) {
+  std::vector<std::vector<int>> all;
+  for (int rank = 0; rank < layout.world(); ++rank)
+    if (std::vector<int> ranks = members(layout, g, rank); !ranks.empty() && ranks[0] == rank) all.push_back(ranks);
+  return all;
+}
+
+std::pair<int64_t, int64_t> share(int64_t n, int parts, int index) {
+  return {n * index / parts, n * (index + 1) / parts};
+}
+std::pair<int64_t, int64_t> layers_of(const Layout& layout, const ModelConfig& model, int pp) {
+  return share(model.n_layer, layout.pp, pp);
+}
+std::pair<int64_t, int64_t> experts_of(const Layout& layout, const ModelConfig& model, int ep) {
+  return share(model.n_expert, layout.ep, ep);
+}
+
+std::string describe(const Layout& layout, const ModelConfig& model) {
+  std::ostringstream text;
+  text << "layout: " << layout.world() << " processes, dp " << layout.dp << " tp " << layout.tp << " pp " << layout.pp
+       << "; experts edp " << layout.edp() << " ep " << layout.ep << " etp " << layout.etp << "\n";
+  for (Group g : groups) {
+    const auto all = all_groups(layout, g);
+    text << "  " << name_of(g) << ": " << all.size() << " of " << all[0].size() << " (" << shown(all[0]) << "), "
+         << purpose_of(g) << "\n";
+  }
+  for (int pp = 0; pp < layout.pp; ++pp) {
+    auto [first, last] = layers_of(layout, model, pp);
+    text << "  stage " << pp << ": layers " << first << " to " << last - 1 << ", " << model.n_expert / layout.ep
+         << " of " << model.n_expert << " experts a rank\n";
+  }
+  return text.str();
+}

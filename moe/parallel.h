@@ -1,0 +1,67 @@
+// The processes of a run as the model sees them: their layout, where this one stands, and the communicators of its groups.
+#pragma once
+#include <array>
+
+#include "llmc/comm.h"
+#include "llmc/homes.h"
+#include "moe/layout.h"
+
+struct Parallel {
+  Layout layout;
+  Place here;
+  World* world = nullptr;  // none: a process alone, or the plan of one rank of others
+  std::array<Comm, std::size(groups)> comms;
+  Comm host;  // of all ranks, for values in host memory
+
+  bool alone() const { return layout.world() == 1; }
+  bool lead() const { return here.rank == 0; }  // writes what the job writes once
+  const Comm& operator[](Group g) const { return comms[int(g)]; }
+  int stage_rank() const { return here.rank % layout.stage_ranks(); }
+
+  // ---- where the optimizer state of a matrix lives: `pieces` rows of logical tensors, dealt out in units ----
+
+  // The same on every rank of the stage.
+  Homes replicated(const std::vector<int64_t>& pieces, int64_t unit) const {
+    return homes(Group::stage, layout.stage_ranks(), stage_rank(), pieces, unit, 0);
+  }
+  // Cut by tensor parallelism: the same on the ranks of the dp group. rows: of the buffer, padding included.
+  Homes dense(const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) const {
+    return homes(Group::dp, layout.dp, here.dp, pieces, unit, rows);
+  }
+  // Those of E experts, of which a rank has its share; `rows` of an expert, of which a rank has all or (slabs of columns,
+  // or of gate and up rows) the part of its etp index.
+  Homes experts(int64_t E, int64_t rows, int64_t unit) const {
+    Homes h;
+    h.group = int(Group::stage), h.rank = stage_rank(), h.slabs = layout.etp;
+    h.bounds = home_bounds(std::vector<int64_t>(size_t(E), rows), unit, layout.stage_ranks());
+    for (int r = 0; r < layout.stage_ranks(); ++r) {
+      Place p = place(layout, here.pp * layout.stage_ranks() + r);
+      auto [first, last] = share(E, layout.ep, p.ep);
+      h.hosts.push_back({first * rows, (last - first) * rows, p.etp});
+    }
+    return h;
+  }
+
+ private:
+  static Homes homes(Group g, int ranks, int rank, const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) {
+    Homes h;
+    h.group = int(g), h.rank = rank, h.bounds = home_bounds(pieces, unit, ranks);
+    h.hosts.assign(size_t(ranks), {0, std::max(rows, h.bounds.back()), 0});
+    return h;
+  }
+};
+
+// Makes the communicators: called once by every process, with the same layout.
+template <class Device>
+Parallel open_parallel(World& world, Device& dev, const Layout& layout) {
+  Parallel p;
+  p.layout = layout, p.here = place(layout, world.rank()), p.world = &world;
+  if (p.alone()) return p;
+  for (Group g : groups)
+    for (const std::vector<int>& ranks : all_groups(layout, g)) {
+      Comm comm = world.comm(dev, ranks, name_of(g));
+      if (comm) p.comms[size_t(g)] = comm;
+    }
+  p.host = world.host_comm(p[Group::world].ranks(), "host");
+  return p;
+}
