@@ -49,7 +49,7 @@ inline ExpertRows expert_rows(const ModelConfig& config, const RunOptions& run, 
   const int64_t share = N * config.top_k;
   if (ep == 1) return {share, share};
   const int64_t most = ep * N * std::min(config.top_k, config.n_expert / ep);
-  return {std::min(most, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64), most};
+  return {std::min(most, std::max<int64_t>(64, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64)), most};
 }
 
 template <class Device>
@@ -175,7 +175,8 @@ class Model {
       int64_t rows = 0;
       for (const Slab& s : theirs) rows += s.rows;
       if (rows == 0) continue;
-      if (r > 0) part.resize(rows * p.part_cols()), parallel.host.receive(part.data(), int64_t(part.size()), r, "a parameter");
+      if (r > 0)
+        part.resize(rows * p.part_cols()), parallel.host.receive(part.data(), int64_t(part.size()), r, "a parameter");
       place_in(theirs, part.data());
     }
     return values;
@@ -401,7 +402,8 @@ class Model {
     auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
       return parallel.dense(pieces, norm_block_rows, rows);
     };
-    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer, RowMap map) {
+    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer,
+                      RowMap map) {
       Parameter p;
       p.name = name, p.rows = rows, p.cols = cols, p.init = init, p.decay = true;
       p.layer = layer, p.buffer = buffer, p.map = map;
@@ -451,9 +453,11 @@ class Model {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
       if (c.is_dense(l)) {
-        mlp(moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
+        mlp(
+            moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
       } else {
-        b.router = table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
+        b.router =
+            table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
         matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
         auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
         mlp(moe + "experts", E, c.d_expert, l, many, expert, b.w13, b.w2);
@@ -521,7 +525,8 @@ class Model {
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
     bool full = !pass.decoding;
-    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k, config.n_expert};
+    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k,
+                      config.n_expert};
     RouterShape router = config.router(pass.B, pass.T);
     Comm statistics_ranks;
     if (full && pass.training && shared_statistics())
@@ -802,7 +807,8 @@ class Model {
     world.all_reduce(&m->stats_.data()->loss, 3, "losses");
     world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
     for (const auto& load : m->load_)
-      if (load && !m->shared_statistics()) m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
+      if (load && !m->shared_statistics())
+        m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
   }
 
   Device& device_;
