@@ -142,8 +142,7 @@ class Trainer {
       bool last = step_ == end;
       auto every = [&](int64_t n) { return n && step_ % n == 0; };
       const bool stopped = stop();
-      if (last || stopped || every(o_.eval_every) || every(o_.sample_every) || every(o_.checkpoint_every))
-        report_all();
+      if (last || stopped || every(o_.eval_every) || every(o_.sample_every) || every(o_.checkpoint_every)) report_all();
       if (val_ && !stopped && (last || every(o_.eval_every))) evaluate();
       if (o_.sample_every && !stopped && (last || every(o_.sample_every))) sample();
       if (every(o_.checkpoint_every)) save(), saved = step_;
@@ -151,8 +150,7 @@ class Trainer {
     report_all();
     if (saved != step_) save();
     if (record_) record_->close();
-    if (stop() && step_ < end)
-      std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
+    if (stop() && step_ < end) std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
   }
 
  private:
@@ -214,7 +212,8 @@ class Trainer {
     pending_.pop_front();
     auto results = [&] {
       if (parallel().alone()) return pending.results();
-      auto watch = parallel().world->watch("step " + std::to_string(pending.step));  // a GPU may wait for another rank's
+      auto watch =
+          parallel().world->watch("step " + std::to_string(pending.step));  // a GPU may wait for another rank's
       return pending.results();
     }();
     check_status(pending.step, results.status);
@@ -231,9 +230,10 @@ class Trainer {
     r.skipped = skip_reason(r.stats);
     log_.train(r.step, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
-    if (terminal_)
-      std::printf("\r\033[K%s", step_line(r, last_step()).c_str());
-    else if (r.step == 1 || r.step % 10 == 0 || r.step == last_step() || !r.skipped.empty())
+    if (terminal_) {  // which may be slower than steps are
+      const bool due = now - shown_ > std::chrono::milliseconds(100) || r.step == last_step() || !r.skipped.empty();
+      if (due) shown_ = now, std::printf("\r\033[K%s", step_line(r, last_step()).c_str());
+    } else if (r.step == 1 || r.step % 10 == 0 || r.step == last_step() || !r.skipped.empty())
       std::printf("%s\n", step_line(r, 0).c_str());
     std::fflush(stdout);
   }
@@ -356,7 +356,7 @@ class Trainer {
     std::function<typename Model<Device>::StepResults()> results;
   };
   std::deque<Pending> pending_;
-  Clock::time_point step_began_;
+  Clock::time_point step_began_, shown_;
   double peak_ = 1;
 };
 
@@ -512,7 +512,5 @@ int main(int argc, char** argv) {
     return 0;
   } catch (const std::bad_alloc&) {
     return end("train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs");
-  } catch (const std::exception& e) {
-    return end(one_line(e.what()));
-  }
+  } catch (const std::exception& e) { return end(one_line(e.what())); }
 }

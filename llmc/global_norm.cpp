@@ -40,10 +40,10 @@ void update_decision(Device&, StepStats* stats, OutlierState* outliers, const ty
   decide_update(stats, outliers, sum, rules);
 }
 
-#define INSTANTIATE(Real)                                                                                    \
-  template void global_norm_partials(Cpu<Real>&, Cpu<Real>::Acc*, const ParameterView<Cpu<Real>>*, int64_t); \
-  template void update_decision(Cpu<Real>&, StepStats*, OutlierState*, const Cpu<Real>::Acc*,                \
-                                const int64_t*, int64_t, UpdateRules);
+#define INSTANTIATE(Real)                                                                                              \
+  template void global_norm_partials(Cpu<Real>&, Cpu<Real>::Acc*, const ParameterView<Cpu<Real>>*, int64_t);           \
+  template void update_decision(Cpu<Real>&, StepStats*, OutlierState*, const Cpu<Real>::Acc*, const int64_t*, int64_t, \
+                                UpdateRules);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

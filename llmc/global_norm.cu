@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(view_threads, 4)  // 64 registers, which the b
   }
 }
 
-__global__ void __launch_bounds__(1024)
-    decide(StepStats* stats, OutlierState* outliers, const float* partials, const int64_t* first_partials,
-           int64_t n_tensors, UpdateRules rules) {
+__global__ void __launch_bounds__(1024) decide(StepStats* stats, OutlierState* outliers, const float* partials,
+                                               const int64_t* first_partials, int64_t n_tensors, UpdateRules rules) {
   __shared__ int bad;
   if (threadIdx.x == 0) bad = INT_MAX;
   __syncthreads();
@@ -108,9 +107,9 @@ void update_decision(Device& dev, StepStats* stats, OutlierState* outliers, cons
   launch(dev, decide, 1, 1024, 0, stats, outliers, partials, first_partials, n_tensors, rules);
 }
 
-#define INSTANTIATE(Real)                                                                                             \
-  template void global_norm_partials(Gpu<Real>&, float*, const ParameterView<Gpu<Real>>*, int64_t);                   \
-  template void update_decision(Gpu<Real>&, StepStats*, OutlierState*, const float*, const int64_t*, int64_t,         \
+#define INSTANTIATE(Real)                                                                                     \
+  template void global_norm_partials(Gpu<Real>&, float*, const ParameterView<Gpu<Real>>*, int64_t);           \
+  template void update_decision(Gpu<Real>&, StepStats*, OutlierState*, const float*, const int64_t*, int64_t, \
                                 UpdateRules);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

@@ -49,7 +49,8 @@ GpuBase::GpuBase(bool planning, int local_rank) : staging_(std::make_unique<Stag
   int count = 0;
   CUDA_CHECK(cudaGetDeviceCount(&count));
   if (count > 1 && local_rank >= count)
-    fail("--device cuda: process ", local_rank, " of this host (from 0), but ", count, " GPUs are visible; start one a GPU");
+    fail("--device cuda: process ", local_rank, " of this host (from 0), but ", count,
+         " GPUs are visible; start one a GPU");
   const int device = count > 1 ? local_rank : 0;
   CUDA_CHECK(cudaSetDevice(device));
   cudaDeviceProp properties;

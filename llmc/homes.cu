@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(256) sum_kernel(float* out, SumParts parts, bo
 }  // namespace
 
 template <class Device>
-void sum_parts(Device& dev, float* out, SumParts parts, bool wide, bool add, int64_t n) {
+void sum_parts(Device& dev, typename Device::Acc* out, SumParts parts, bool wide, bool add, int64_t n) {
   if (n == 0) return;
   const dim3 grid(unsigned(std::min<int64_t>((n + 255) / 256, int64_t(dev.multiprocessors) * 32)));
   if (wide)

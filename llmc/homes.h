@@ -29,8 +29,8 @@ struct Homes {
   int group = 0;  // the caller's number of the communicator
   int rank = 0;   // in it
   int slabs = 1;
-  std::vector<Host> hosts;       // by rank
-  std::vector<int64_t> bounds;   // rank r is home to the rows [bounds[r], bounds[r+1])
+  std::vector<Host> hosts;      // by rank
+  std::vector<int64_t> bounds;  // rank r is home to the rows [bounds[r], bounds[r+1])
 
   const Host& mine() const { return hosts[rank]; }
   int64_t home_begin() const { return bounds[rank]; }

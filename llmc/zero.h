@@ -37,7 +37,8 @@ class UpdateTraffic {
         const int64_t row_bytes = b.cols * width(g);
         const bool ours = b.homes.group == group;
         for (const Share& s : b.homes.to_homes())
-          if (ours && s.rank != b.homes.rank) sends.emplace_back(s.rank, data(g) + s.row * row_bytes, s.rows * row_bytes);
+          if (ours && s.rank != b.homes.rank)
+            sends.emplace_back(s.rank, data(g) + s.row * row_bytes, s.rows * row_bytes);
         for (const Share& s : b.homes.from_hosts()) {
           if (s.rank == b.homes.rank) continue;
           if (ours) receives.emplace_back(s.rank, next, s.rows * row_bytes);

@@ -37,9 +37,9 @@ struct MlpSaved {
 
 template <class Device>
 struct ExpertsSaved {
-  RoutingTensors plan, first;                // of all rows, and of the first pass
-  Tensor<typename Device::Real> rows;        // (R,C) gathered tokens of the first pass, --dispatch materialized only
-  MlpSaved<Device> mlp;                      // of the first pass
+  RoutingTensors plan, first;          // of all rows, and of the first pass
+  Tensor<typename Device::Real> rows;  // (R,C) gathered tokens of the first pass, --dispatch materialized only
+  MlpSaved<Device> mlp;                // of the first pass
 };
 
 template <class Device>
@@ -76,15 +76,15 @@ struct ExpertMlp {
 
   // out (M,C) = addend (null: 0) + the sum of each token's rows, gates (M,K) included. wants_h: a backward
   // pass will read H of the first pass before it is made again. skip_down: only what backward needs.
-  void forward(ExpertsSaved<Device>& s, Tensor<Real> tokens, Tensor<Acc> gates, Category keep, bool wants_h, bool skip_down,
-               auto out_and_addend) {
+  void forward(ExpertsSaved<Device>& s, Tensor<Real> tokens, Tensor<Acc> gates, Category keep, bool wants_h,
+               bool skip_down, auto out_and_addend) {
     Tensor<Real> out, addend;
     for (int64_t pass = 0; pass < (skip_down ? 1 : passes()); ++pass) {
       Skipping empty(x, pass > 0 && pass * shape.R >= *rows);
       RoutingTensors plan = pass ? plan_of_pass(s, pass, Category::workspace) : s.first;
       auto gathered = gather("x_rows", tokens, plan, pass ? Category::workspace : keep);
-      MlpSaved<Device> mlp = up(gathered ? gathered : tokens, plan, pass ? Category::workspace : keep,
-                                 wants_h && pass == 0);
+      MlpSaved<Device> mlp =
+          up(gathered ? gathered : tokens, plan, pass ? Category::workspace : keep, wants_h && pass == 0);
       if (pass == 0) s.rows = gathered, s.mlp = mlp;
       if (skip_down) return;
       auto y = x.template tensor<Real>("y", {shape.R, shape.C});
@@ -96,8 +96,8 @@ struct ExpertMlp {
 
   // dgates (M,K): zero where a slot has no row here. Then, dx (M,C) = addend + the sum of the gradients of each token's
   // rows: dx_and_addend() is called in between.
-  void backward(const ExpertsSaved<Device>& s, Tensor<Real> tokens, Tensor<Acc> gates, Tensor<Real> dout, Tensor<Acc> dgates,
-                auto dx_and_addend) {
+  void backward(const ExpertsSaved<Device>& s, Tensor<Real> tokens, Tensor<Acc> gates, Tensor<Real> dout,
+                Tensor<Acc> dgates, auto dx_and_addend) {
     Tensor<Real> dx, addend;
     for (int64_t pass = 0; pass < passes(); ++pass) {
       Skipping empty(x, pass > 0 && pass * shape.R >= *rows);
@@ -121,15 +121,15 @@ struct ExpertMlp {
       if (pass > 0) x.op("add gate gradients", add_to<Device>, dgates, part, M * shape.K);
       auto dw2 = weights.dw2, dw13 = weights.dw13;
       if (pass > 0) dw2.add = dw13.add = true;  // to what the first wrote
-      x.op("experts dW2", experts_down_backward_weight<Device>, dw2, scratch(), dout_rows, a_scaled,
-           plan.offsets, index(plan), shape);
-      x.op("experts dW13", experts_up_backward_weight<Device>, dw13, scratch(), dh, source, plan.offsets,
+      x.op("experts dW2", experts_down_backward_weight<Device>, dw2, scratch(), dout_rows, a_scaled, plan.offsets,
            index(plan), shape);
+      x.op("experts dW13", experts_up_backward_weight<Device>, dw13, scratch(), dh, source, plan.offsets, index(plan),
+           shape);
       auto dx_rows = x.template tensor<Real>("dx_rows", {shape.R, shape.C});
       x.op("experts dX", experts_up_backward_input<Device>, dx_rows, scratch(), dh, weights.w13, plan.offsets, shape);
       if (pass == 0) std::tie(dx, addend) = dx_and_addend();
-      x.op("combine backward", combine<Device>, dx, dx_rows, pass ? dx : addend, Tensor<Acc>{}, plan.slot_row, M, shape.K,
-           shape.C);
+      x.op("combine backward", combine<Device>, dx, dx_rows, pass ? dx : addend, Tensor<Acc>{}, plan.slot_row, M,
+           shape.K, shape.C);
     }
   }
 
@@ -158,7 +158,8 @@ struct ExpertMlp {
   Tensor<Real> gather(const char* name, Tensor<Real> tokens, const RoutingTensors& plan, Category category) {
     if (dispatch == Dispatch::zero_buffer) return {};
     auto gathered = x.template tensor<Real>(name, {shape.R, shape.C}, category);
-    x.op("gather", dispatch_gather<Device>, gathered, tokens, plan.offsets, plan.row_slot, M, shape.K, shape.E, shape.C);
+    x.op("gather", dispatch_gather<Device>, gathered, tokens, plan.offsets, plan.row_slot, M, shape.K, shape.E,
+         shape.C);
     return gathered;
   }
   Tensor<int32_t> index(const RoutingTensors& plan) const {
@@ -167,9 +168,11 @@ struct ExpertMlp {
   MlpSaved<Device> up(Tensor<Real> source, const RoutingTensors& plan, Category keep, bool wants_h) {
     MlpSaved<Device> mlp;
     if (wants_h)
-      mlp.h = x.template tensor<Real>("h", {shape.R, 2 * shape.F}, policy <= Recompute::act ? keep : Category::workspace);
+      mlp.h =
+          x.template tensor<Real>("h", {shape.R, 2 * shape.F}, policy <= Recompute::act ? keep : Category::workspace);
     mlp.a = x.template tensor<Real>("a", {shape.R, shape.F}, policy == Recompute::none ? keep : Category::workspace);
-    x.op("experts up", experts_up<Device>, mlp.h, mlp.a, scratch(), source, weights.w13, plan.offsets, index(plan), shape);
+    x.op("experts up", experts_up<Device>, mlp.h, mlp.a, scratch(), source, weights.w13, plan.offsets, index(plan),
+         shape);
     return mlp;
   }
   static void count_rows(Device& dev, int64_t* rows, const int32_t* offsets, int64_t E) {

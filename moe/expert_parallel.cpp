@@ -67,14 +67,14 @@ void expert_gate_gradients(Device&, typename Device::Acc* dgates, const typename
     }
 }
 
-#define INSTANTIATE(Real)                                                                                             \
-  template void expert_destinations(Cpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                               \
+#define INSTANTIATE(Real)                                                                                              \
+  template void expert_destinations(Cpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                                \
   template void expert_arrivals(Cpu<Real>&, int32_t*, Cpu<Real>::Acc*, const int32_t*, const int32_t*, const int32_t*, \
-                                const Cpu<Real>::Acc*, ExpertRanks);                                                  \
-  template void expert_positions(Cpu<Real>&, int32_t*, int32_t*, const int32_t*, const int32_t*, const int32_t*,      \
-                                 ExpertRanks);                                                                        \
-  template void expert_pack(Cpu<Real>&, Real*, const Real*, const int32_t*, int64_t, ExpertRanks);                    \
-  template void expert_gate_gradients(Cpu<Real>&, Cpu<Real>::Acc*, const Cpu<Real>::Acc*, const int32_t*,             \
+                                const Cpu<Real>::Acc*, ExpertRanks);                                                   \
+  template void expert_positions(Cpu<Real>&, int32_t*, int32_t*, const int32_t*, const int32_t*, const int32_t*,       \
+                                 ExpertRanks);                                                                         \
+  template void expert_pack(Cpu<Real>&, Real*, const Real*, const int32_t*, int64_t, ExpertRanks);                     \
+  template void expert_gate_gradients(Cpu<Real>&, Cpu<Real>::Acc*, const Cpu<Real>::Acc*, const int32_t*,              \
                                       const int32_t*, ExpertRanks);
 INSTANTIATE(float)
 INSTANTIATE(double)

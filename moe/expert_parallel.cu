@@ -9,7 +9,8 @@ constexpr int threads = 256;
 dim3 grid_of(int64_t n) { return dim3(unsigned(ceil_div(n, threads))); }
 __device__ int64_t thread_number() { return int64_t(blockIdx.x) * threads + threadIdx.x; }
 
-__global__ void __launch_bounds__(threads) destinations(int32_t* destination, const int32_t* top_k_index, ExpertRanks r) {
+__global__ void __launch_bounds__(threads)
+    destinations(int32_t* destination, const int32_t* top_k_index, ExpertRanks r) {
   const int64_t i = thread_number(), t = i / r.ranks, d = i % r.ranks, experts = r.E / r.ranks;
   if (t >= r.ranks * r.N) return;
   bool goes = false;
@@ -45,8 +46,8 @@ __device__ int first_of(const int32_t* offsets, const int32_t* row_slot, const E
   }
   return low;
 }
-__global__ void __launch_bounds__(threads) count_rows(int32_t* counts, const int32_t* offsets, const int32_t* row_slot,
-                                                      ExpertRanks r) {
+__global__ void __launch_bounds__(threads)
+    count_rows(int32_t* counts, const int32_t* offsets, const int32_t* row_slot, ExpertRanks r) {
   const int i = int(thread_number()), s = i / r.ranks, d = i % r.ranks;
   if (s >= r.ranks) return;
   counts[i] = first_of(offsets, row_slot, r, s + 1, d) - first_of(offsets, row_slot, r, s, d);
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(threads) positions(int32_t* position, const in
 
 // A warp a copy of a row.
 template <class Real>
-__global__ void __launch_bounds__(threads) pack(Real* packed, const Real* x, const int32_t* position, int64_t C, int64_t n,
-                                                int ranks, bool vectors) {
+__global__ void __launch_bounds__(threads)
+    pack(Real* packed, const Real* x, const int32_t* position, int64_t C, int64_t n, int ranks, bool vectors) {
   const int64_t i = thread_number() / 32;
   if (i >= n || position[i] < 0) return;
   const Real* from = x + i / ranks * C;
@@ -95,8 +96,9 @@ void expert_destinations(Device& dev, int32_t* destination, const int32_t* top_k
   launch(dev, destinations, grid_of(r.M() * r.ranks), threads, 0, destination, top_k_index, r);
 }
 template <class Device>
-void expert_arrivals(Device& dev, int32_t* index, float* gates, const int32_t* offsets, const int32_t* row_slot,
-                     const int32_t* top_k_index, const float* all_gates, ExpertRanks r) {
+void expert_arrivals(Device& dev, int32_t* index, typename Device::Acc* gates, const int32_t* offsets,
+                     const int32_t* row_slot, const int32_t* top_k_index, const typename Device::Acc* all_gates,
+                     ExpertRanks r) {
   launch(dev, arrivals, grid_of(r.M() * r.K), threads, 0, index, gates, offsets, row_slot, top_k_index, all_gates, r);
 }
 template <class Device>
@@ -112,18 +114,18 @@ void expert_pack(Device& dev, typename Device::Real* packed, const typename Devi
          r.N * r.ranks, r.ranks, packable<typename Device::Real>(C, packed, x));
 }
 template <class Device>
-void expert_gate_gradients(Device& dev, float* dgates, const float* returned, const int32_t* position,
-                           const int32_t* top_k_index, ExpertRanks r) {
+void expert_gate_gradients(Device& dev, typename Device::Acc* dgates, const typename Device::Acc* returned,
+                           const int32_t* position, const int32_t* top_k_index, ExpertRanks r) {
   launch(dev, gate_gradients, grid_of(r.N * r.K), threads, 0, dgates, returned, position, top_k_index, r);
 }
 
-#define INSTANTIATE(Real)                                                                                             \
-  template void expert_destinations(Gpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                               \
-  template void expert_arrivals(Gpu<Real>&, int32_t*, float*, const int32_t*, const int32_t*, const int32_t*,         \
-                                const float*, ExpertRanks);                                                           \
-  template void expert_positions(Gpu<Real>&, int32_t*, int32_t*, const int32_t*, const int32_t*, const int32_t*,      \
-                                 ExpertRanks);                                                                        \
-  template void expert_pack(Gpu<Real>&, Real*, const Real*, const int32_t*, int64_t, ExpertRanks);                    \
+#define INSTANTIATE(Real)                                                                                        \
+  template void expert_destinations(Gpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                          \
+  template void expert_arrivals(Gpu<Real>&, int32_t*, float*, const int32_t*, const int32_t*, const int32_t*,    \
+                                const float*, ExpertRanks);                                                      \
+  template void expert_positions(Gpu<Real>&, int32_t*, int32_t*, const int32_t*, const int32_t*, const int32_t*, \
+                                 ExpertRanks);                                                                   \
+  template void expert_pack(Gpu<Real>&, Real*, const Real*, const int32_t*, int64_t, ExpertRanks);               \
   template void expert_gate_gradients(Gpu<Real>&, float*, const float*, const int32_t*, const int32_t*, ExpertRanks);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

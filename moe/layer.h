@@ -65,7 +65,7 @@ struct DenseMlp {
 // The tokens that this rank's experts compute with, where experts are spread over ranks (expert_parallel.h).
 template <class Device>
 struct ArrivedTokens {
-  Tensor<typename Device::Real> x;    // (M,C)
+  Tensor<typename Device::Real> x;     // (M,C)
   Tensor<typename Device::Acc> gates;  // (M,K)
   Tensor<int32_t> position, counts;    // (N,ranks), (ranks,ranks)
 };
@@ -90,8 +90,8 @@ struct MoeLayer {
   ExpertMlp<Device> experts;  // of the tokens that arrive here
   Tensor<Real> wg;
   GradTensor<Device> dwg;
-  Tensor<Acc> bias;                    // (E), sigmoid gate only
-  MlpWeights<Device> shared_weights;   // null tensors: no shared expert
+  Tensor<Acc> bias;                   // (E), sigmoid gate only
+  MlpWeights<Device> shared_weights;  // null tensors: no shared expert
   int64_t d_shared;
   Tensor<int32_t> load;            // (E) selections of the step
   Tensor<int32_t> replay, record;  // (N,K) or null
@@ -166,8 +166,8 @@ struct MoeLayer {
       x.op("router backward", router_backward<Device>, dinput, dwg, router_scratch(), own_dgates, s.gates,
            s.top_k_index, s.lse, s.group_count, input, wg, params, router);
     };
-    experts.backward(s.experts, spread() ? s.arrived.x : input, spread() ? s.arrived.gates : s.gates, arrived_dout, dgates,
-                     [&] {
+    experts.backward(s.experts, spread() ? s.arrived.x : input, spread() ? s.arrived.gates : s.gates, arrived_dout,
+                     dgates, [&] {
                        if (spread()) {
                          partial = x.template tensor<Real>("partial", {ranks.M(), C});
                          return std::pair(partial, Tensor<Real>{});
@@ -180,8 +180,8 @@ struct MoeLayer {
       x.op("gate gradients", exchange_rows<Device, Acc>, expert_ranks, returned, dgates, s.arrived.counts, K, true,
            "gate gradients");
       auto own_dgates = x.template tensor<Acc>("own dgates", {N, K});
-      x.op("own gate gradients", expert_gate_gradients<Device>, own_dgates, returned, s.arrived.position,
-           s.top_k_index, ranks);
+      x.op("own gate gradients", expert_gate_gradients<Device>, own_dgates, returned, s.arrived.position, s.top_k_index,
+           ranks);
       router_gradients(own_dgates);
       bring_back(s, dinput, partial, dinput);
     }

@@ -15,42 +15,11 @@
 #include "llmc/classifier.h"
 #include "llmc/embedding.h"
 #include "llmc/global_norm.h"
+#include "llmc/parameter_io.h"
 #include "llmc/random.h"
 #include "llmc/zero.h"
 #include "moe/layer.h"
-#include "moe/parallel.h"
-
-struct RunOptions {
-  int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
-  int64_t micro_steps = 1;  // micro-batches of a step; micro_step() is to be called so many times
-  bool train = true, evaluate = true;
-  int64_t decode_positions = 0;  // length of the key/value cache; 0: no decoding
-  bool wide_gradients = true;    // gradients of matrices in Acc; else in Real
-  Dispatch dispatch = Dispatch::zero_buffer;
-  std::vector<Recompute> recompute;  // per layer; empty: act
-  bool separate_arena = false;
-  bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
-  bool record_routing = false, replay_routing = false;
-  double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep)
-  AdamWConfig adamw;
-  UpdateRules rules;
-  Parallel parallel;  // B, T and micro_steps are of this rank
-
-  Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
-};
-
-// Rows of the experts of one of `ep` ranks with N tokens each: as many as its own tokens have where it has all experts, else
-// a headroom over that, and what exceeds it in further passes.
-struct ExpertRows {
-  int64_t a_pass, most;
-  int64_t passes() const { return (most + a_pass - 1) / a_pass; }
-};
-inline ExpertRows expert_rows(const ModelConfig& config, const RunOptions& run, int64_t N, int64_t ep) {
-  const int64_t share = N * config.top_k;
-  if (ep == 1) return {share, share};
-  const int64_t most = ep * N * std::min(config.top_k, config.n_expert / ep);
-  return {std::min(most, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64), most};
-}
+#include "moe/run_options.h"
 
 template <class Device>
 class Model {
@@ -123,62 +92,12 @@ class Model {
     }
   }
 
-  // ---- parameters by logical rows (host memory, Acc, row-major (rows, cols)): every rank writes what it has of them ----
-  enum class State { weight, master, m, v, grad };
-
-  // Sets the weight, rounded to Real, and the master copy.
-  void write_parameter(const Parameter& p, const Acc* values) {
-    if (p.buffer < 0) return;
-    const auto& b = table.buffer(p.buffer);
-    const auto& mine = b.homes.mine();
-    write_rows(p, p.cut + mine.slab, b.weight.data(), mine.row, mine.rows, values);
-    if (b.updated) write_home(p, b.updated.data(), values);
-    if (b.master) write_home(p, b.master.data(), values);
-  }
-  void write_state(const Parameter& p, State which, const Acc* values) {
-    if (p.buffer >= 0) write_home(p, state_pointer(p, which), values);
-  }
-  // From the homes of its rows, to the lead; elsewhere the result is empty. All ranks call it, in the same order.
+  // ---- parameters by logical rows: parameter_io.h ----
+  using State = ParameterState;
+  void write_parameter(const Parameter& p, const Acc* values) { parameter_io().write(p, values); }
+  void write_state(const Parameter& p, State which, const Acc* values) { parameter_io().write(p, which, values); }
   std::vector<Acc> read_parameter(const Parameter& p, State which = State::weight) {
-    std::vector<Acc> values, part;
-    if (parallel.lead()) values.resize(p.rows * p.cols);
-    struct Slab {
-      int64_t cut, row, rows;
-    };
-    std::vector<Slab> slabs(parallel.layout.etp);  // what is at home here
-    for (int s = 0; p.buffer >= 0 && s < table.buffer(p.buffer).homes.slabs; ++s) {
-      const auto& b = table.buffer(p.buffer);
-      const int cut = p.cut + s;
-      const int64_t row = p.map.before(b.homes.home_begin(), p.rows_of(cut)),
-                    end = p.map.before(b.homes.home_end(), p.rows_of(cut));
-      slabs[s] = {cut, row, end - row};
-      if (row < end) read_home(p, s, row, end, which, part);
-    }
-    auto place_in = [&](const std::vector<Slab>& from, const Acc* data) {
-      for (const Slab& s : from)
-        for (int64_t i = s.row; i < s.row + s.rows; ++i, data += p.part_cols())
-          std::copy_n(data, p.part_cols(), &values[(p.row_of(int(s.cut)) + i) * p.cols + p.col_of(int(s.cut))]);
-    };
-    if (parallel.alone()) {
-      place_in(slabs, part.data());
-      return values;
-    }
-    const int64_t n = int64_t(slabs.size());
-    std::vector<Slab> all(n * parallel.layout.world());
-    parallel.host.gather_host(all.data(), slabs.data(), n * int64_t(sizeof(Slab)), "gather", "homes of a parameter");
-    if (!parallel.lead()) {
-      if (!part.empty()) parallel.host.send(part.data(), int64_t(part.size()), 0, "a parameter");
-      return values;
-    }
-    for (int r = 0; r < parallel.layout.world(); ++r) {
-      std::vector<Slab> theirs(all.begin() + r * n, all.begin() + (r + 1) * n);
-      int64_t rows = 0;
-      for (const Slab& s : theirs) rows += s.rows;
-      if (rows == 0) continue;
-      if (r > 0) part.resize(rows * p.part_cols()), parallel.host.receive(part.data(), int64_t(part.size()), r, "a parameter");
-      place_in(theirs, part.data());
-    }
-    return values;
+    return parameter_io().read(p, which);
   }
   bool has_bias(int64_t layer) const { return bool(bias_[layer]); }
   std::vector<Acc> read_bias(int64_t layer) {
@@ -314,84 +233,11 @@ class Model {
     body();
   }
 
-  // Rows of part `cut` of a parameter, given by the values of the whole, into memory that holds rows [first, first + n) of
-  // its buffer's space.
-  template <class T>
-  void write_rows(const Parameter& p, int cut, T* base, int64_t first, int64_t n, const Acc* values) {
-    const int64_t begin = p.map.before(first, p.rows_of(cut)), end = p.map.before(first + n, p.rows_of(cut)),
-                  cols = p.part_cols();
-    std::vector<T> rows((end - begin) * cols);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t c = 0; c < cols; ++c)
-        rows[(i - begin) * cols + c] = T(values[(p.row_of(cut) + i) * p.cols + p.col_of(cut) + c]);
-    each_run(p.map, begin, end, cols, [&](int64_t row, int64_t pieces, int64_t width, int64_t pitch) {
-      device_.rows_to_device(base + (p.map(row) - first) * cols, size_t(pitch) * sizeof(T),
-                             rows.data() + (row - begin) * cols, size_t(width) * sizeof(T), size_t(pieces));
-    });
+  ParameterIo<Device> parameter_io() {
+    return {device_, table, parallel.alone() ? nullptr : &parallel.host, parallel.layout.etp};
   }
-  template <class T>
-  void write_home(const Parameter& p, T* base, const Acc* values) {
-    const auto& b = table.buffer(p.buffer);
-    for (int s = 0; s < b.homes.slabs; ++s)
-      write_rows(p, p.cut + s, base + s * b.home_rows() * b.cols, b.homes.home_begin(), b.home_rows(), values);
-  }
-  // Appends rows [begin, end) of what is at home here of slab s.
-  void read_home(const Parameter& p, int s, int64_t begin, int64_t end, State which, std::vector<Acc>& to) {
-    const auto& b = table.buffer(p.buffer);
-    const int64_t at = s * b.home_rows() * b.cols, mine = (b.homes.home_begin() - b.homes.mine().row) * b.cols;
-    auto read = [&]<class T>(const T* base) {
-      std::vector<T> rows((end - begin) * b.cols);
-      each_run(p.map, begin, end, b.cols, [&](int64_t row, int64_t pieces, int64_t width, int64_t pitch) {
-        device_.rows_to_host(rows.data() + (row - begin) * b.cols, base + (p.map(row) - b.homes.home_begin()) * b.cols,
-                             size_t(pitch) * sizeof(T), size_t(width) * sizeof(T), size_t(pieces));
-      });
-      return rows;
-    };
-    std::vector<Acc> values;
-    auto keep = [&](const auto& rows) {
-      for (auto value : rows) values.push_back(Acc(value));
-    };
-    if (which == State::weight || (which == State::master && !b.master))
-      keep(read(table.home_weight(b) + at));
-    else if (which != State::grad)
-      keep(read(state_pointer(p, which) + at));
-    else if (b.sum)
-      keep(read(b.sum + at));
-    else
-      Grad<Device>(b.grad).visit([&](auto* g) { keep(read(g + mine)); });
-    if (which == State::grad && b.second_grad.tensor()) {
-      auto second = read((b.second_sum ? b.second_sum + at : b.second_grad.wide + mine));
-      for (size_t i = 0; i < values.size(); ++i) values[i] += second[i];
-    }
-    to.insert(to.end(), values.begin(), values.end());
-  }
-  // Calls f(first row, pieces, elements of a piece, elements from piece to piece) for rows [begin, end) of a map, begin
-  // at the start of a block.
-  template <class F>
-  static void each_run(const RowMap& map, int64_t begin, int64_t end, int64_t cols, F f) {
-    const int64_t rows = end - begin;
-    if (rows == 0) return;
-    if (map.block == map.stride) return f(begin, 1, rows * cols, rows * cols);
-    const int64_t whole = rows / map.block, rest = rows % map.block;
-    if (whole) f(begin, whole, map.block * cols, map.stride * cols);
-    if (rest) f(begin + whole * map.block, 1, rest * cols, rest * cols);
-  }
-
   Tensor<Real> weight(int buffer) const { return buffer < 0 ? Tensor<Real>{} : table.buffer(buffer).weight; }
-  // For the products' weight gradients, which can write.
-  GradTensor<Device> product_grad(int buffer) const {
-    return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad;
-  }
-  // For ops that only add.
-  GradTensor<Device> grad(int buffer) const {
-    GradTensor<Device> g = product_grad(buffer);
-    if (!g.add) fail("the gradient of ", table.buffer(buffer).name, " is to be written, by an op that adds");
-    return g;
-  }
-  Acc* state_pointer(const Parameter& p, State which) const {
-    const auto& b = table.buffer(p.buffer);
-    return which == State::master ? b.master : which == State::m ? b.m : b.v;
-  }
+  GradTensor<Device> grad(int buffer) const { return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad; }
   // Whether balance statistics are of the tokens of all ranks, and the loads that follow from them too.
   bool shared_statistics() const {
     return parallel.layout.stage_ranks() > 1 && config.balance == Balance::aux &&
@@ -410,7 +256,8 @@ class Model {
     auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
       return parallel.dense(pieces, norm_block_rows, rows);
     };
-    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer, RowMap map) {
+    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer,
+                      RowMap map) {
       Parameter p;
       p.name = name, p.rows = rows, p.cols = cols, p.init = init, p.decay = true;
       p.layer = layer, p.buffer = buffer, p.map = map;
@@ -464,9 +311,11 @@ class Model {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
       if (c.is_dense(l)) {
-        mlp(moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
+        mlp(
+            moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
       } else {
-        b.router = table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
+        b.router =
+            table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
         matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
         auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
         mlp(moe + "experts", E, c.d_expert, l, many, expert, b.w13, b.w2);
@@ -534,7 +383,8 @@ class Model {
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
     const LayerBuffers& b = layers_[l];
     bool full = !pass.decoding;
-    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k, config.n_expert};
+    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k,
+                      config.n_expert};
     RouterShape router = config.router(pass.B, pass.T);
     Comm statistics_ranks;
     if (full && pass.training && shared_statistics())
@@ -817,7 +667,8 @@ class Model {
     world.all_reduce(&m->stats_.data()->loss, 3, "losses");
     world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
     for (const auto& load : m->load_)
-      if (load && !m->shared_statistics()) m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
+      if (load && !m->shared_statistics())
+        m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
   }
 
   Device& device_;

@@ -155,8 +155,9 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--tp", o.layout.tp, "ranks that share heads, dense width and vocabulary");
   app.add_option("--pp", o.layout.pp, "ranks that share the layers");
   app.add_option("--world", o.world, "with --dry-run: processes to plan for");
-  app.add_option("--row-headroom", o.row_headroom,
-                 "rows that a rank's experts have memory for, over their share; what exceeds it comes in further passes");
+  app.add_option(
+      "--row-headroom", o.row_headroom,
+      "rows that a rank's experts have memory for, over their share; what exceeds it comes in further passes");
   app.add_option("--comm-timeout", o.comm_timeout, "seconds to wait for another rank before the job ends");
 
   group("Debugging");
@@ -310,9 +311,11 @@ Options parse_options(int argc, char** argv, int processes) {
     if (n != 1) fail(option, " ", n, ": not possible yet; use --dp and --ep");
   if (o.layout.ep > 1 && o.model.capacity_factor > 0)
     fail("--capacity-factor counts the rows of an expert on one rank; with --ep ", o.layout.ep, " nothing is dropped");
-  if (!(o.row_headroom > 0 && o.row_headroom <= 1e6)) fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
+  if (!(o.row_headroom > 0 && o.row_headroom <= 1e6))
+    fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
   if (o.world > 1) {
-    if (o.generate || !o.export_format.empty()) fail(o.generate ? "--generate" : "--export", " runs as a single process");
+    if (o.generate || !o.export_format.empty())
+      fail(o.generate ? "--generate" : "--export", " runs as a single process");
     if (o.sample_every) fail("--sample-every: several processes do not generate; use --generate with a checkpoint");
     if (!o.record_routing.empty()) fail("--record-routing records a single process");
   }

@@ -108,8 +108,9 @@ inline void backward_experts(Device& dev, const std::vector<int32_t>* offsets_on
 }
 
 inline Tensor<char> library_scratch(Layer& l) {
-  return l.x.tensor<char>("matmul.scratch",
-                          {int64_t(matmul_scratch_bytes<Device>(l.experts.shape.R, l.experts.shape.C, 2 * l.experts.shape.F))});
+  return l.x.tensor<char>(
+      "matmul.scratch",
+      {int64_t(matmul_scratch_bytes<Device>(l.experts.shape.R, l.experts.shape.C, 2 * l.experts.shape.F))});
 }
 
 inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
@@ -122,9 +123,9 @@ inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
   s.experts.mlp.a = x.tensor<bf16>("a", {R, F}, saved);
   s.y = x.tensor<bf16>("y", {R, C}, saved);
   auto out = x.tensor<bf16>("residual", {N, C});
-  x.op("experts", forward_experts, &s.offsets_on_host, out, s.experts.rows, s.experts.mlp.h, s.experts.mlp.a, s.y, library_scratch(l),
-       input, residual, l.experts.weights.w13, l.experts.weights.w2, s.gates, s.experts.plan.counts, s.experts.plan.offsets, s.experts.plan.row_slot,
-       l.experts.shape);
+  x.op("experts", forward_experts, &s.offsets_on_host, out, s.experts.rows, s.experts.mlp.h, s.experts.mlp.a, s.y,
+       library_scratch(l), input, residual, l.experts.weights.w13, l.experts.weights.w2, s.gates, s.experts.plan.counts,
+       s.experts.plan.offsets, s.experts.plan.row_slot, l.experts.shape);
   return out;
 }
 
@@ -135,9 +136,10 @@ inline Rows backward(Layer& l, Saved& s, Rows input, Rows dout) {
   auto dgates = x.tensor<float>("dgates", {N, K});
   auto dy = x.tensor<bf16>("dy", {N, C}), da = x.tensor<bf16>("da", {N, F}), dh = x.tensor<bf16>("dh", {N, 2 * F}),
        dx = x.tensor<bf16>("dx_expert", {N, C});
-  x.op("experts backward", backward_experts, &s.offsets_on_host, dinput, dgates, l.experts.weights.dw13, l.experts.weights.dw2, dy, da,
-       dh, dx, library_scratch(l), dout, l.experts.weights.w13, l.experts.weights.w2, s.experts.rows, s.experts.mlp.h, s.experts.mlp.a, s.y, s.gates,
-       s.experts.plan.counts, s.experts.plan.row_slot, l.experts.shape);
+  x.op("experts backward", backward_experts, &s.offsets_on_host, dinput, dgates, l.experts.weights.dw13,
+       l.experts.weights.dw2, dy, da, dh, dx, library_scratch(l), dout, l.experts.weights.w13, l.experts.weights.w2,
+       s.experts.rows, s.experts.mlp.h, s.experts.mlp.a, s.y, s.gates, s.experts.plan.counts, s.experts.plan.row_slot,
+       l.experts.shape);
   Rows of_router = router_gradient(l, s, input, dgates);
   x.op("router dX add", residual_add<Device>, dinput, dinput, of_router, N * C);
   return dinput;

@@ -40,8 +40,10 @@ inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
   s.experts.mlp.h = x.tensor<bf16>("h", {e.R, 2 * e.F}, saved);
   s.experts.mlp.a = x.tensor<bf16>("a", {e.R, e.F}, saved);
   s.y = x.tensor<bf16>("y", {e.R, e.C}, saved);
-  x.op("gather x", dispatch_gather<Device>, s.experts.rows, input, s.experts.plan.offsets, s.experts.plan.row_slot, N, e.K, e.E, e.C);
-  x.op("experts up", rows_times, s.experts.mlp.h, s.experts.rows, l.experts.weights.w13, s.experts.plan.offsets, e, e.C, 2 * e.F);
+  x.op("gather x", dispatch_gather<Device>, s.experts.rows, input, s.experts.plan.offsets, s.experts.plan.row_slot, N,
+       e.K, e.E, e.C);
+  x.op("experts up", rows_times, s.experts.mlp.h, s.experts.rows, l.experts.weights.w13, s.experts.plan.offsets, e, e.C,
+       2 * e.F);
   x.op("swiglu", swiglu_forward<Device>, s.experts.mlp.a, s.experts.mlp.h, e.R, e.F);
   x.op("experts down", rows_times, s.y, s.experts.mlp.a, l.experts.weights.w2, s.experts.plan.offsets, e, e.F, e.C);
   return combine_rows(l, s, s.y, residual);
@@ -56,15 +58,16 @@ inline Rows backward(Layer& l, Saved& s, Rows input, Rows dout) {
   auto dgates = x.tensor<float>("dgates", {N, e.K});
   auto da = x.tensor<bf16>("da", {e.R, e.F});
   auto dh = x.tensor<bf16>("dh", {e.R, 2 * e.F});
-  x.op("gather dout", dispatch_gather<Device>, dy, dout, s.experts.plan.offsets, s.experts.plan.row_slot, N, e.K, e.E, e.C);
+  x.op("gather dout", dispatch_gather<Device>, dy, dout, s.experts.plan.offsets, s.experts.plan.row_slot, N, e.K, e.E,
+       e.C);
   x.op("gate gradient", dot_rows, dgates, dy, s.y, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, 0, e.E, e.C);
   x.op("times gate", scale_rows, dy, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.E, e.C);
   x.op("experts dA", rows_times_transposed, da, dy, l.experts.weights.w2, s.experts.plan.offsets, e, e.F, e.C);
-  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dy, s.experts.mlp.a, s.experts.plan.offsets,
-       one_to_one, e);
+  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dy,
+       s.experts.mlp.a, s.experts.plan.offsets, one_to_one, e);
   x.op("swiglu backward", swiglu_backward<Device>, dh, da, s.experts.mlp.h, e.R, e.F);
-  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh, s.experts.rows, s.experts.plan.offsets,
-       one_to_one, e);
+  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh,
+       s.experts.rows, s.experts.plan.offsets, one_to_one, e);
   return gradient_of_tokens(l, s, input, dh, dgates);
 }
 

@@ -53,10 +53,11 @@ inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
   s.experts.mlp.h = x.tensor<bf16>("h", {e.R, 2 * e.F}, saved);
   s.experts.mlp.a = x.tensor<bf16>("a", {e.R, e.F}, saved);
   s.y = x.tensor<bf16>("y", {e.R, e.C}, saved);
-  x.op("experts up", tokens_times<false>, s.experts.mlp.h, input, l.experts.weights.w13, s.experts.plan.offsets, s.experts.plan.row_slot, e, e.C,
-       2 * e.F);
+  x.op("experts up", tokens_times<false>, s.experts.mlp.h, input, l.experts.weights.w13, s.experts.plan.offsets,
+       s.experts.plan.row_slot, e, e.C, 2 * e.F);
   x.op("swiglu", swiglu_forward<Device>, s.experts.mlp.a, s.experts.mlp.h, e.R, e.F);
-  x.op("experts down", experts_down<Device>, s.y, l.experts.scratch(), s.experts.mlp.a, l.experts.weights.w2, s.experts.plan.offsets, e);
+  x.op("experts down", experts_down<Device>, s.y, l.experts.scratch(), s.experts.mlp.a, l.experts.weights.w2,
+       s.experts.plan.offsets, e);
   return combine_rows(l, s, s.y, residual);
 }
 
@@ -66,15 +67,18 @@ inline Rows backward(Layer& l, Saved& s, Rows input, Rows dout) {
   auto dgates = x.tensor<float>("dgates", {l.router.N, e.K});
   auto da = x.tensor<bf16>("da", {e.R, e.F});
   auto dh = x.tensor<bf16>("dh", {e.R, 2 * e.F});
-  x.op("gate gradient", dot_rows, dgates, dout, s.y, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.K, e.E, e.C);
-  x.op("experts dA'", tokens_times<true>, da, dout, l.experts.weights.w2, s.experts.plan.offsets, s.experts.plan.row_slot, e, e.C, e.F);
+  x.op("gate gradient", dot_rows, dgates, dout, s.y, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.K, e.E,
+       e.C);
+  x.op("experts dA'", tokens_times<true>, da, dout, l.experts.weights.w2, s.experts.plan.offsets,
+       s.experts.plan.row_slot, e, e.C, e.F);
   x.op("dA' times gate", scale_rows, da, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.E, e.F);
-  x.op("A times gate", scale_rows, s.experts.mlp.a, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.E, e.F);
-  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dout, s.experts.mlp.a,
-       s.experts.plan.offsets, s.experts.plan.row_slot, e);
+  x.op("A times gate", scale_rows, s.experts.mlp.a, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.E,
+       e.F);
+  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dout,
+       s.experts.mlp.a, s.experts.plan.offsets, s.experts.plan.row_slot, e);
   x.op("swiglu backward", swiglu_backward<Device>, dh, da, s.experts.mlp.h, e.R, e.F);
-  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh, input, s.experts.plan.offsets,
-       s.experts.plan.row_slot, e);
+  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh, input,
+       s.experts.plan.offsets, s.experts.plan.row_slot, e);
   return gradient_of_tokens(l, s, input, dh, dgates);
 }
 

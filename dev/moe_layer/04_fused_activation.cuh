@@ -24,9 +24,10 @@ inline Rows forward(Layer& l, Saved& s, Rows input, Rows residual, bool keep) {
   s.experts.mlp.h = x.tensor<bf16>("h", {e.R, 2 * e.F}, saved);
   s.experts.mlp.a = x.tensor<bf16>("a", {e.R, e.F}, saved);
   s.y = x.tensor<bf16>("y", {e.R, e.C}, saved);
-  x.op("experts up", experts_up<Device>, s.experts.mlp.h, s.experts.mlp.a, l.experts.scratch(), input, l.experts.weights.w13, s.experts.plan.offsets,
-       s.experts.plan.row_slot, e);
-  x.op("experts down", experts_down<Device>, s.y, l.experts.scratch(), s.experts.mlp.a, l.experts.weights.w2, s.experts.plan.offsets, e);
+  x.op("experts up", experts_up<Device>, s.experts.mlp.h, s.experts.mlp.a, l.experts.scratch(), input,
+       l.experts.weights.w13, s.experts.plan.offsets, s.experts.plan.row_slot, e);
+  x.op("experts down", experts_down<Device>, s.y, l.experts.scratch(), s.experts.mlp.a, l.experts.weights.w2,
+       s.experts.plan.offsets, e);
   return combine_rows(l, s, s.y, residual);
 }
 
@@ -36,13 +37,15 @@ inline Rows backward(Layer& l, Saved& s, Rows input, Rows dout) {
   auto dgates = x.tensor<float>("dgates", {l.router.N, e.K}), in_vain = x.tensor<float>("dgates2", {l.router.N, e.K});
   auto dh = x.tensor<bf16>("dh", {e.R, 2 * e.F});
   auto a_scaled = x.tensor<bf16>("a_scaled", {e.R, e.F});
-  x.op("gate gradient", dot_rows, dgates, dout, s.y, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.K, e.E, e.C);
-  x.op("experts down backward", experts_down_backward<Device>, dh, a_scaled, in_vain, l.experts.scratch(), dout, l.experts.weights.w2,
-       s.experts.mlp.h, s.experts.mlp.a, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot, s.experts.plan.row_slot, e);
-  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dout, a_scaled, s.experts.plan.offsets,
+  x.op("gate gradient", dot_rows, dgates, dout, s.y, s.experts.plan.offsets, s.experts.plan.row_slot, e.R, e.K, e.E,
+       e.C);
+  x.op("experts down backward", experts_down_backward<Device>, dh, a_scaled, in_vain, l.experts.scratch(), dout,
+       l.experts.weights.w2, s.experts.mlp.h, s.experts.mlp.a, s.gates, s.experts.plan.offsets, s.experts.plan.row_slot,
        s.experts.plan.row_slot, e);
-  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh, input, s.experts.plan.offsets,
-       s.experts.plan.row_slot, e);
+  x.op("experts dW2", experts_down_backward_weight<Device>, l.experts.weights.dw2, l.experts.scratch(), dout, a_scaled,
+       s.experts.plan.offsets, s.experts.plan.row_slot, e);
+  x.op("experts dW13", experts_up_backward_weight<Device>, l.experts.weights.dw13, l.experts.scratch(), dh, input,
+       s.experts.plan.offsets, s.experts.plan.row_slot, e);
   return gradient_of_tokens(l, s, input, dh, dgates);
 }
 

@@ -89,22 +89,23 @@ struct LayerProgram {
     plan.set_place(0, "moe");
     const RouterShape router = shape.router();
     const ExpertShape experts = shape.experts();
-    MoeLayer<Device> layer{x,
-                           router,
-                           {x, experts, router.N, experts.R, 0, settings.policy, settings.dispatch, {w13, w2, dw13, dw2}, {}},
-                           wg,
-                           dwg,
-                           {},
-                           {},
-                           0,
-                           load,
-                           replay,
-                           {},
-                           stats,
-                           params,
-                           {1, 0, router.N, router.K, router.E},
-                           {},
-                           {}};
+    MoeLayer<Device> layer{
+        x,
+        router,
+        {x, experts, router.N, experts.R, 0, settings.policy, settings.dispatch, {w13, w2, dw13, dw2}, {}},
+        wg,
+        dwg,
+        {},
+        {},
+        0,
+        load,
+        replay,
+        {},
+        stats,
+        params,
+        {1, 0, router.N, router.K, router.E},
+        {},
+        {}};
     saved = {};
     bool keep = id == forward_backward;
     x.begin(id);

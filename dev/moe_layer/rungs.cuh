@@ -82,8 +82,8 @@ inline Rows router_gradient(Layer& l, const Saved& s, Rows input, Tensor<float> 
 inline Rows gradient_of_tokens(Layer& l, const Saved& s, Rows input, Rows dh, Tensor<float> dgates) {
   const int64_t N = l.router.N, C = l.router.C, K = l.router.K;
   auto dx_rows = l.x.tensor<bf16>("dx_rows", {l.experts.shape.R, C});
-  l.x.op("experts dX", experts_up_backward_input<Device>, dx_rows, l.experts.scratch(), dh, l.experts.weights.w13, s.experts.plan.offsets,
-         l.experts.shape);
+  l.x.op("experts dX", experts_up_backward_input<Device>, dx_rows, l.experts.scratch(), dh, l.experts.weights.w13,
+         s.experts.plan.offsets, l.experts.shape);
   Rows dinput = router_gradient(l, s, input, dgates);
   l.x.op("combine backward", combine<Device>, dinput, dx_rows, dinput, nullptr, s.experts.plan.slot_row, N, K, C);
   return dinput;

@@ -196,7 +196,6 @@ TYPED_TEST(GpuUpdate, OutliersSmall) {
   for (UpdateRules rules : {UpdateRules{0, 5, 0}, UpdateRules{1, 0, 5}, UpdateRules{0, 0, 0}})
     expect_calibrated<TypeParam>([&](auto& b) {
       Tensors t(true);
-      auto* views = t.views(b);
       auto* outliers = b.upload(std::vector<OutlierState>(1));
       std::vector<StepStats> stats;
       for (Step s : steps) stats.push_back({.loss = s.loss});

@@ -1,0 +1,202 @@
+// Where optimizer state lives: who is home to which rows, what passes between hosts and homes, sums of what arrives.
+#include "llmc/homes.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "dev/test/op_test.h"
+#include "moe/parallel.h"
+
+namespace {
+
+TEST(HomeBounds, AreSharedOutByUnits) {
+  EXPECT_EQ(home_bounds({256}, 64, 2), (std::vector<int64_t>{0, 128, 256}));
+  EXPECT_EQ(home_bounds({300}, 64, 2), (std::vector<int64_t>{0, 128, 300}));          // 5 units, the last of 44 rows
+  EXPECT_EQ(home_bounds({100, 30}, 64, 3), (std::vector<int64_t>{0, 64, 100, 130}));  // no unit crosses a piece
+  EXPECT_EQ(home_bounds({128}, 64, 4), (std::vector<int64_t>{0, 0, 64, 64, 128}));
+  EXPECT_EQ(home_bounds({1}, 64, 3), (std::vector<int64_t>{0, 0, 0, 1}));
+  EXPECT_EQ(home_bounds({}, 64, 2), (std::vector<int64_t>{0, 0, 0}));
+}
+
+TEST(HomeBounds, HoldForAnyPiecesAndRanks) {
+  for (uint64_t i = 0; i < 300; ++i) {
+    auto number = [&](uint64_t stream, uint64_t bound) { return int64_t(random_bits(5, stream, i) % bound); };
+    std::vector<int64_t> pieces;
+    for (int64_t p = 0; p <= number(0, 5); ++p) pieces.push_back(number(uint64_t(10 + p), 400));
+    const int64_t unit = 1 + number(1, 100);
+    const int ranks = 1 + int(number(2, 12));
+    std::vector<int64_t> bounds = home_bounds(pieces, unit, ranks);
+    std::set<int64_t> starts;
+    int64_t rows = 0;
+    for (int64_t piece : pieces) {
+      for (int64_t r = 0; r < piece; r += unit) starts.insert(rows + r);
+      rows += piece;
+    }
+    ASSERT_EQ(int(bounds.size()), ranks + 1);
+    EXPECT_EQ(bounds[0], 0);
+    EXPECT_EQ(bounds[ranks], rows);
+    std::vector<int64_t> units;
+    for (int r = 0; r < ranks; ++r) {
+      ASSERT_LE(bounds[r], bounds[r + 1]);
+      EXPECT_TRUE(bounds[r] == rows || starts.contains(bounds[r])) << bounds[r];
+      units.push_back(std::distance(starts.lower_bound(bounds[r]), starts.lower_bound(bounds[r + 1])));
+    }
+    auto [least, most] = std::minmax_element(units.begin(), units.end());
+    EXPECT_LE(*most - *least, 1);
+  }
+}
+
+// The same matrix as each rank of a stage sees it.
+using EveryRank = std::vector<Homes>;
+struct Pattern {
+  std::string name;
+  EveryRank homes;
+};
+std::vector<Pattern> patterns() {
+  std::vector<Pattern> all;
+  for (Layout layout : {Layout{1, 1, 1, 1, 1}, Layout{2, 1, 1, 1, 1}, Layout{4, 1, 1, 2, 1}, Layout{8, 1, 1, 8, 1},
+                        Layout{8, 1, 1, 2, 1}, Layout{3, 1, 1, 3, 1}, Layout{4, 1, 1, 2, 2}, Layout{8, 1, 1, 2, 2},
+                        Layout{2, 2, 1, 1, 4}, Layout{4, 2, 2, 4, 1}, Layout{6, 1, 1, 3, 2}}) {
+    std::string name = "dp " + std::to_string(layout.dp) + " tp " + std::to_string(layout.tp) + " ep " +
+                       std::to_string(layout.ep) + " etp " + std::to_string(layout.etp);
+    auto add = [&](const std::string& kind, auto make) {
+      for (int pp = 0; pp < layout.pp; ++pp) {
+        Pattern p{name + ", " + kind, {}};
+        for (int r = 0; r < layout.stage_ranks(); ++r) {
+          Parallel parallel;
+          parallel.layout = layout, parallel.here = place(layout, pp * layout.stage_ranks() + r);
+          p.homes.push_back(make(parallel));
+        }
+        all.push_back(p);
+      }
+    };
+    for (int64_t rows : {1, 40, 200, 1000}) add("all", [&](const Parallel& p) { return p.replicated({rows, 70}, 64); });
+    const int64_t E = layout.ep * 4;
+    for (int64_t rows : {16, 64, 150}) add("experts", [&](const Parallel& p) { return p.experts(E, rows, 64); });
+    // Padding beyond the pieces is at home nowhere.
+    if (layout.tp == 1) add("padded", [&](const Parallel& p) { return p.dense({257}, 64, 384); });
+  }
+  return all;
+}
+
+TEST(Homes, EveryRowHasOneHomeAndEveryHostsRowsGoThere) {
+  for (const Pattern& p : patterns()) {
+    SCOPED_TRACE(p.name);
+    const int ranks = int(p.homes.size());
+    for (int r = 0; r < ranks; ++r) {
+      const Homes& h = p.homes[r];
+      ASSERT_EQ(h.rank, r);
+      ASSERT_EQ(h.bounds, p.homes[0].bounds);
+      ASSERT_EQ(h.hosts.size(), size_t(ranks));
+      std::vector<int> home(size_t(h.mine().rows), -1);  // of each row of this rank's memory
+      int last = -1;
+      for (const Share& s : h.to_homes()) {
+        EXPECT_GT(s.rank, last) << "not in the order of the ranks";
+        last = s.rank;
+        ASSERT_TRUE(s.row >= 0 && s.rows > 0 && s.row + s.rows <= h.mine().rows);
+        for (int64_t row = s.row; row < s.row + s.rows; ++row) {
+          EXPECT_EQ(home[row], -1) << "row " << row << " goes to two homes";
+          home[row] = s.rank;
+        }
+      }
+      for (int64_t row = 0; row < h.mine().rows; ++row) {
+        int64_t in_space = h.mine().row + row;
+        int expected = -1;
+        for (int owner = 0; owner < ranks; ++owner)
+          if (h.bounds[owner] <= in_space && in_space < h.bounds[owner + 1]) expected = owner;
+        EXPECT_EQ(home[row], expected) << row;
+      }
+    }
+  }
+}
+
+// What a rank sends to a home is what the home expects of it: the same rows of the space, in the same order.
+TEST(Homes, ToHomesAndFromHostsAreInverse) {
+  for (const Pattern& p : patterns()) {
+    SCOPED_TRACE(p.name);
+    const int ranks = int(p.homes.size());
+    for (int home = 0; home < ranks; ++home) {
+      const Homes& at = p.homes[home];
+      const int64_t home_rows = at.home_end() - at.home_begin();
+      std::vector<std::set<int>> computed_by(size_t(at.slabs * home_rows));
+      int last = -1;
+      for (const Share& in : at.from_hosts()) {
+        EXPECT_GT(in.rank, last);
+        last = in.rank;
+        const Homes& from = p.homes[in.rank];
+        std::vector<Share> out;
+        for (const Share& s : from.to_homes())
+          if (s.rank == home) out.push_back(s);
+        ASSERT_EQ(out.size(), 1u);
+        EXPECT_EQ(out[0].rows, in.rows);
+        ASSERT_TRUE(in.row >= 0 && in.row + in.rows <= at.slabs * home_rows);
+        const int64_t slab = from.mine().slab;
+        EXPECT_EQ(in.row / home_rows, slab);
+        EXPECT_EQ(from.mine().row + out[0].row, at.home_begin() + in.row - slab * home_rows);
+        for (int64_t row = in.row; row < in.row + in.rows; ++row) computed_by[size_t(row)].insert(in.rank);
+      }
+      for (int sender = 0; sender < ranks; ++sender) {
+        auto is_here = [&](const std::vector<Share>& shares, int rank) {
+          return std::ranges::any_of(shares, [&](const Share& s) { return s.rank == rank; });
+        };
+        EXPECT_EQ(is_here(p.homes[sender].to_homes(), home), is_here(at.from_hosts(), sender));
+      }
+      bool own = true, alone = true;
+      for (const std::set<int>& who : computed_by) {
+        EXPECT_FALSE(who.empty()) << "a row that nobody computes with";
+        own = own && who.contains(home), alone = alone && who == std::set<int>{home};
+      }
+      EXPECT_EQ(at.home_is_mine(), own && (at.slabs == 1 || home_rows == 0));
+      EXPECT_EQ(at.gradient_is_mine(), alone && (at.slabs == 1 || home_rows == 0));
+    }
+  }
+}
+
+TEST(Homes, OfAProcessAlone) {
+  Homes h = home_alone(37);
+  EXPECT_TRUE(h.home_is_mine() && h.gradient_is_mine());
+  ASSERT_EQ(h.to_homes().size(), 1u);
+  ASSERT_EQ(h.from_hosts().size(), 1u);
+  EXPECT_EQ(h.from_hosts()[0].rows, 37);
+}
+
+template <class Real>
+struct Sums : ::testing::Test {};
+TYPED_TEST_SUITE(Sums, AllReals);
+
+// More parts than a call takes: the second goes on from where the first ended.
+TYPED_TEST(Sums, AreTakenOneAfterTheOther) {
+  using Real = TypeParam;
+  using Acc = typename Cpu<Real>::Acc;
+  for (int n_parts : {1, 2, 3, 16, 17, 37})
+    for (int64_t n : {1, 7, 1000})
+      for (bool wide : {true, false}) {
+        std::vector<std::vector<Acc>> sums;
+        std::vector<std::vector<Real>> reals;
+        for (int i = 0; i < n_parts; ++i) {
+          sums.push_back(third(random_tensor<Acc>("part " + std::to_string(i), n)));
+          reals.push_back(converted<Real>(sums.back()));
+        }
+        std::vector<Acc> expected(size_t(n), Acc(0));
+        for (int64_t i = 0; i < n; ++i)
+          for (int p = 0; p < n_parts; ++p) {
+            Acc value = wide ? sums[p][i] : Acc(reals[p][i]);
+            expected[i] = p == 0 ? value : expected[i] + value;
+          }
+        expect_same_bits_on_any_threads([&] {
+          Cpu<Real> dev;
+          auto out = poisoned<Acc>(n);
+          for (int begin = 0; begin < n_parts; begin += SumParts::most) {
+            SumParts parts;
+            for (int p = begin; p < std::min(n_parts, begin + SumParts::most); ++p)
+              parts.part[parts.n++] = wide ? static_cast<const void*>(sums[p].data()) : reals[p].data();
+            sum_parts(dev, out.data(), parts, wide, begin > 0, n);
+          }
+          EXPECT_TRUE(bits_of(out) == bits_of(expected)) << n_parts << " parts of " << n;
+          return bits_of(out);
+        });
+      }
+}
+
+}  // namespace

@@ -1,0 +1,40 @@
+// How a model is run: batch, memory, kernels, processes.
+#pragma once
+#include <vector>
+
+#include "llmc/adamw.h"
+#include "llmc/global_norm.h"
+#include "moe/expert_mlp.h"
+#include "moe/parallel.h"
+
+struct RunOptions {
+  int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
+  int64_t micro_steps = 1;  // micro-batches of a step; micro_step() is to be called so many times
+  bool train = true, evaluate = true;
+  int64_t decode_positions = 0;  // length of the key/value cache; 0: no decoding
+  bool wide_gradients = true;    // gradients of matrices in Acc; else in Real
+  Dispatch dispatch = Dispatch::zero_buffer;
+  std::vector<Recompute> recompute;  // per layer; empty: act
+  bool separate_arena = false;
+  bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
+  bool record_routing = false, replay_routing = false;
+  double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep)
+  AdamWConfig adamw;
+  UpdateRules rules;
+  Parallel parallel;  // B, T and micro_steps are of this rank
+
+  Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
+};
+
+// Rows of the experts of one of `ep` ranks with N tokens each: as many as its own tokens have where it has all experts, else
+// a headroom over that, and what exceeds it in further passes.
+struct ExpertRows {
+  int64_t a_pass, most;
+  int64_t passes() const { return (most + a_pass - 1) / a_pass; }
+};
+inline ExpertRows expert_rows(const ModelConfig& config, const RunOptions& run, int64_t N, int64_t ep) {
+  const int64_t share = N * config.top_k;
+  if (ep == 1) return {share, share};
+  const int64_t most = ep * N * std::min(config.top_k, config.n_expert / ep);
+  return {std::min(most, std::max<int64_t>(64, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64)), most};
+}
