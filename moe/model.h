@@ -237,7 +237,16 @@ class Model {
     return {device_, table, parallel.alone() ? nullptr : &parallel.host, parallel.layout.etp};
   }
   Tensor<Real> weight(int buffer) const { return buffer < 0 ? Tensor<Real>{} : table.buffer(buffer).weight; }
-  GradTensor<Device> grad(int buffer) const { return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad; }
+  // For the products' weight gradients, which can write.
+  GradTensor<Device> product_grad(int buffer) const {
+    return buffer < 0 ? GradTensor<Device>{} : table.buffer(buffer).grad;
+  }
+  // For ops that only add.
+  GradTensor<Device> grad(int buffer) const {
+    GradTensor<Device> g = product_grad(buffer);
+    if (!g.add) fail("the gradient of ", table.buffer(buffer).name, " is to be written, by an op that adds");
+    return g;
+  }
   // Whether balance statistics are of the tokens of all ranks, and the loads that follow from them too.
   bool shared_statistics() const {
     return parallel.layout.stage_ranks() > 1 && config.balance == Balance::aux &&
