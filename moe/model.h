@@ -253,6 +253,8 @@ class Model {
     const ModelConfig& c = config;
     int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert, V = c.vocab_size, Vp = c.padded_vocab();
     bool train = options.train, wide = options.wide_gradients;
+    // Experts whose rows come in several passes add to their gradients more than once.
+    bool wide_experts = wide || expert_rows(c, options, N(), parallel.layout.ep).passes() > 1;
     auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
       return parallel.dense(pieces, norm_block_rows, rows);
     };
@@ -272,8 +274,8 @@ class Model {
     };
     // An MLP of `experts` experts of width F, at home as `homes` says; `prefix(e)` names expert e. A gate row and an up row
     // are updated together.
-    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, auto homes, auto prefix, int& w13,
-                   int& w2) {
+    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, bool wide, auto homes, auto prefix,
+                   int& w13, int& w2) {
       w13 = table.add_buffer(plan, name + ".w13", homes(2 * F, 2 * norm_block_rows), C, train, wide);
       w2 = table.add_buffer(plan, name + ".w2", homes(C, norm_block_rows), F, train, wide);
       for (int64_t e = 0; e < experts; ++e) {
@@ -308,15 +310,15 @@ class Model {
       b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
       if (c.is_dense(l)) {
         mlp(
-            moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
+            moe + "dense", 1, c.d_dense, l, wide, one, [&](int64_t) { return moe; }, b.w13, b.w2);
       } else {
         b.router =
             table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
         matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
         auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
-        mlp(moe + "experts", E, c.d_expert, l, many, expert, b.w13, b.w2);
+        mlp(moe + "experts", E, c.d_expert, l, wide_experts, many, expert, b.w13, b.w2);
         auto shared = [&](int64_t) { return moe + "shared_expert."; };
-        if (c.d_shared) mlp(moe + "shared", 1, c.d_shared, l, one, shared, b.shared13, b.shared2);
+        if (c.d_shared) mlp(moe + "shared", 1, c.d_shared, l, wide, one, shared, b.shared13, b.shared2);
       }
       layers_.push_back(b);
     }
@@ -363,7 +365,7 @@ class Model {
     }
     plan.set_place(-1, "");
     if (options.train) {
-      n_views_ = int64_t(table.views().size());
+      n_views_ = table.n_views();
       bytes(outliers_, "outliers", 1), bytes(views_, "views", n_views_);
       bytes(first_partials_, "first partials", int64_t(table.parameters().size()) + 1);
       partials_ = plan.template persistent<Acc>("norm partials", {table.partials()}, Category::workspace);
@@ -658,6 +660,7 @@ class Model {
   // Losses, partials of the norm (each has one rank that is home to its rows, the others hold 0), loads of the experts.
   static void sum_over_ranks(Device&, Model* m) {
     const Comm& world = m->parallel[Group::world];
+    static_assert(offsetof(StepStats, z_loss) == 2 * sizeof(double));  // loss, aux_loss and z_loss are neighbours
     world.all_reduce(&m->stats_.data()->loss, 3, "losses");
     world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
     for (const auto& load : m->load_)
