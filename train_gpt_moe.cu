@@ -115,6 +115,11 @@ class Trainer {
       model_.initialise(o_.seed);
     }
     peak_ = peak_flops(dev_);
+    memory_bytes_ = int64_t(model_.arena().allocated_bytes());
+    if (!parallel().alone()) {
+      memory_bytes_ = parallel().host.max(memory_bytes_, "memory");
+      agree();
+    }
     if (parallel().lead()) log_ = Logger(o_.out, o_.resume);
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
@@ -156,6 +161,14 @@ class Trainer {
  private:
   using Clock = std::chrono::steady_clock;
 
+  // f(), in which this rank's GPU may wait for another rank's: too long ends the job.
+  template <class F>
+  auto watched(const char* what, F f) {
+    if (parallel().alone()) return f();
+    auto watch = parallel().world->watch(what);
+    return f();
+  }
+
   // Has a rank been asked to stop? All of them do then, after the same step.
   bool stop() const {
     const int32_t here = stop_requested;
@@ -174,6 +187,19 @@ class Trainer {
     if (fs::is_directory(path, error)) fail("--record-routing ", o_.record_routing, ": is a directory");
     if (path.parent_path() / "" != out && access(path.parent_path().c_str(), W_OK | X_OK) != 0)
       fail("--record-routing ", o_.record_routing, ": ", errno_text());
+  }
+
+  // Ranks that were started with different options, or read different files, would train something that nobody asked for.
+  void agree() {
+    std::string all = o_.command_line + hf_config(o_.model, info_).dump();
+    for (int64_t n : {step_, next_sample_, total_steps_, train_->windows(), val_ ? val_->eval_windows() : 0})
+      all += ' ' + std::to_string(n);
+    const uint64_t mine = hash_name(all);
+    std::vector<uint64_t> hashes(o_.world);
+    parallel().host.gather_host(hashes.data(), &mine, sizeof mine, "gather", "what ranks start from");
+    for (int r = 1; r < o_.world; ++r)
+      if (hashes[r] != hashes[0])
+        fail("rank ", r, " starts from something else than rank 0: other options, another checkpoint or other data");
   }
 
   // Puts a step on the device, and reports the one before it: the device always has the next step to go on with.
@@ -196,7 +222,7 @@ class Trainer {
       }
       model_.set_batch(tokens.data(), targets.data());
       routing(all + micro, true);
-      model_.micro_step();
+      watched("a micro-step", [&] { model_.micro_step(); });
       routing(all + micro, false);
     }
     model_.update();
@@ -210,12 +236,7 @@ class Trainer {
   void report_step() {
     auto pending = std::move(pending_.front());
     pending_.pop_front();
-    auto results = [&] {
-      if (parallel().alone()) return pending.results();
-      auto watch =
-          parallel().world->watch("step " + std::to_string(pending.step));  // a GPU may wait for another rank's
-      return pending.results();
-    }();
+    auto results = watched("step", pending.results);
     check_status(pending.step, results.status);
     StepReport r;
     r.step = pending.step, r.total_steps = total_steps_, r.learning_rate = pending.learning_rate;
@@ -224,8 +245,8 @@ class Trainer {
     r.milliseconds = std::chrono::duration<double, std::milli>(now - step_began_).count();
     step_began_ = now;
     r.tokens_per_s = double(o_.total_batch_tokens) / r.milliseconds * 1e3;
-    r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / peak_;
-    r.memory_bytes = model_.arena().allocated_bytes();
+    r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / (peak_ * o_.world);
+    r.memory_bytes = size_t(memory_bytes_);
     r.expert_load = std::move(results.load);
     r.skipped = skip_reason(r.stats);
     log_.train(r.step, r.stats.loss, r.learning_rate, r.stats.grad_norm);
@@ -268,10 +289,11 @@ class Trainer {
 
   // Where a loss that is not finite may come from.
   std::string find_bad_weight() {
-    for (const Parameter& p : model_.table.parameters())
+    std::string bad;
+    for (const Parameter& p : model_.table.parameters())  // all of them: ranks read together
       for (auto value : model_.read_parameter(p))
-        if (!std::isfinite(value)) return "nor is the weight " + p.name;
-    return "all weights are";
+        if (!std::isfinite(value) && bad.empty()) bad = "nor is the weight " + p.name;
+    return bad.empty() ? "all weights are" : bad;
   }
 
   void check_status(int64_t step, const DeviceStatus& s) {
@@ -298,8 +320,10 @@ class Trainer {
           std::fill_n(in, o_.seq_len, 0), std::fill_n(out, o_.seq_len, -1);
       }
       model_.set_batch(tokens.data(), targets.data());
-      model_.evaluate();
-      sum += model_.read_stats().loss;
+      sum += watched("evaluation", [&] {
+        model_.evaluate();
+        return model_.read_stats().loss;
+      });
     }
     if (!parallel().alone()) sum = parallel().host.sum(sum, "validation loss");
     double loss = sum / double(val_->eval_targets());
@@ -358,6 +382,7 @@ class Trainer {
   std::deque<Pending> pending_;
   Clock::time_point step_began_, shown_;
   double peak_ = 1;
+  int64_t memory_bytes_ = 0;  // of the rank that has most
 };
 
 // ---- what to do ----
@@ -376,6 +401,7 @@ void train_main(Options o, Device& dev, World& world) {
   std::string source = o.resume ? find_latest(o.out) : o.init_from, model_type;
   ModelFileInfo info;
   if (!source.empty()) o.model = model_of(source, o, info, model_type);
+  check_processes(o);
   check_limits<Device>(o.model, o.batch_size, o.seq_len);
   RunOptions run = run_options(o);
   if (o.world > 1 && o.dry_run)
@@ -487,6 +513,19 @@ std::string one_line(std::string text) {
   return "train_gpt_moe: " + text;
 }
 
+// The value of --comm-timeout before anything else is parsed: the processes meet first. Nonsense is refused later.
+double comm_timeout_of(int argc, char** argv) {
+  const std::string option = "--comm-timeout";
+  for (int i = 1; i < argc; ++i) {
+    const std::string text = argv[i];
+    const char* value = text == option && i + 1 < argc   ? argv[i + 1]
+                        : text.starts_with(option + "=") ? argv[i] + option.size() + 1
+                                                         : nullptr;
+    if (const double seconds = value ? std::atof(value) : 0; seconds > 0) return seconds;
+  }
+  return Options().comm_timeout;
+}
+
 int main(int argc, char** argv) {
   std::unique_ptr<World> world;
   auto end = [&](const std::string& line) {
@@ -495,12 +534,13 @@ int main(int argc, char** argv) {
     return 1;
   };
   try {
-    world = std::make_unique<World>();
+    world = std::make_unique<World>(comm_timeout_of(argc, argv));
+    if (world->rank() > 0 && !std::freopen("/dev/null", "w", stdout)) fail("/dev/null: ", errno_text());
     Options o = parse_options(argc, argv, world->size());
     world->set_timeout(o.comm_timeout);
-    if (world->rank() > 0 && !std::freopen("/dev/null", "w", stdout)) fail("/dev/null: ", errno_text());
-    std::signal(SIGINT, [](int) { stop_requested = 1; });
-    std::signal(SIGTERM, [](int) { stop_requested = 1; });
+    o.local_ranks = world->local_size();
+    for (int i = 1; i < argc; ++i) o.command_line += std::string(argv[i]) + '\n';
+    for (int signal : {SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, [](int) { stop_requested = 1; });
     if (o.device == "cuda")
       run_on_gpu(o, *world);
     else if (o.dtype == "fp32")
@@ -510,7 +550,7 @@ int main(int argc, char** argv) {
     else
       run(o, Cpu<double>(), *world);
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const HelpShown&) { return 0; } catch (const std::bad_alloc&) {
     return end("train_gpt_moe: out of memory; --memory-report --dry-run shows what a run needs");
   } catch (const std::exception& e) { return end(one_line(e.what())); }
 }

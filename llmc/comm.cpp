@@ -256,8 +256,8 @@ void Job::gather(const std::vector<int>& ranks, int me, int tag, void* out, cons
   if (!sends.empty()) wait(*post(tag, ranks, sends, receives, what), ranks, what);
 }
 
-bool Job::gone(int r) const {
-  if (link->gone(r)) return true;
+bool Job::gone(int r) const { return link->gone(r) || ended(r); }
+bool Job::ended(int r) const {
   const bool here = !places.empty() && places[r].host[0] && !std::strcmp(places[r].host, places[rank].host);
   return here && kill(places[r].pid, 0) != 0 && errno == ESRCH;
 }
@@ -300,6 +300,9 @@ void Job::watch() {
            << "): is a rank gone? (--comm-timeout)";
       trouble = line.str();
     }
+    for (int r = 0; r < size && trouble.empty() && !watched.empty(); ++r)
+      if (ended(r))
+        trouble = watched + ": rank " + std::to_string(r) + " is gone (the last operation was " + last + ")";
     if (!trouble.empty()) print(trouble), _exit(1);  // the link belongs to the other thread: its ends just close
     wake.wait_for(lock, std::chrono::milliseconds(100));
   }
@@ -360,6 +363,11 @@ int World::local_rank() const {
   int lower = 0;
   for (int r = 0; r < rank(); ++r) lower += !std::strcmp(job_->places[r].host, job_->places[rank()].host);
   return lower;
+}
+int World::local_size() const {
+  int n = 0;
+  for (int r = 0; r < size(); ++r) n += r == rank() || !std::strcmp(job_->places[r].host, job_->places[rank()].host);
+  return n;
 }
 void World::abort(const std::string& line) {
   if (job_->under_way) {  // MPI must not go on with transfers whose memory an exception has freed

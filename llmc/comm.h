@@ -191,6 +191,7 @@ class World {
   void set_timeout(double seconds);
   int rank() const;
   int size() const;
+  int local_size() const;        // ranks of this host
   int local_rank() const;        // among the ranks of this host: which GPU to take
   const char* launcher() const;  // "mpi", "tcp", "single"
 

@@ -71,7 +71,8 @@ struct Homes {
 inline Homes home_alone(int64_t rows) { return {0, 0, 1, {{0, rows, 0}}, {0, rows}}; }
 
 // Bounds of the homes of `ranks` ranks over pieces of these numbers of rows, one after another, each dealt out in units of
-// `unit` rows (its last may be shorter), as evenly as whole units allow.
+// `unit` rows (its last may be shorter), as evenly as whole units allow: no rank has
+// more than the first.
 inline std::vector<int64_t> home_bounds(const std::vector<int64_t>& pieces, int64_t unit, int ranks) {
   std::vector<int64_t> starts;
   int64_t row = 0;
@@ -82,7 +83,7 @@ inline std::vector<int64_t> home_bounds(const std::vector<int64_t>& pieces, int6
   int64_t units = int64_t(starts.size());
   starts.push_back(row);
   std::vector<int64_t> bounds;
-  for (int r = 0; r <= ranks; ++r) bounds.push_back(starts[units * r / ranks]);
+  for (int r = 0; r <= ranks; ++r) bounds.push_back(starts[(units * r + ranks - 1) / ranks]);
   return bounds;
 }
 

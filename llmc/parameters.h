@@ -149,41 +149,52 @@ class ParameterTable {
     return b.updated;
   }
 
-  // What this rank updates: of every tensor the rows that are at home here, each slab of columns by itself. Addresses
-  // are 0 before the arena is allocated.
+  // What this rank updates: of every tensor the rows that are at home here, each slab of columns by itself. The arena is
+  // allocated.
   std::vector<ParameterView<Device>> views() const {
     std::vector<ParameterView<Device>> views;
     int64_t blocks = 0;
-    for (const Parameter& p : parameters_) {
-      if (p.buffer < 0) continue;
-      const Buffer& b = buffers_[p.buffer];
-      int64_t begin = b.homes.home_begin(), end = b.homes.home_end();
-      for (int slab = 0; slab < b.homes.slabs; ++slab) {
-        int cut = p.cut + slab;
-        int64_t row0 = p.map.before(begin, p.rows_of(cut)), row1 = p.map.before(end, p.rows_of(cut));
-        if (row0 == row1) continue;
-        RowMap map{p.map(row0) - begin, p.map.block, p.map.stride};
-        int64_t at = slab * b.home_rows() * b.cols, mine = (begin - b.homes.mine().row) * b.cols;
-        ParameterView<Device> v{};
-        v.weight = home_weight(b) + at;
-        v.m = b.m + at, v.v = b.v + at;
-        if constexpr (has_master)
-          v.master = b.master + at;
-        else
-          v.master = v.weight;
-        v.grad = b.sum ? Grad<Device>{b.sum + at, true} : shifted(b.grad, mine);
-        if (b.second_grad.tensor())
-          v.second_grad = b.second_sum ? Grad<Device>{b.second_sum + at, true} : shifted(b.second_grad, mine);
-        v.map = map, v.rows = row1 - row0, v.cols = b.cols, v.decay = p.decay;
-        v.first_partial = p.first_partial + cut * norm_blocks(p.part_rows()) + row0 / norm_block_rows;
-        v.first_block = blocks, blocks += norm_blocks(v.rows);
-        views.push_back(v);
-      }
-    }
+    each_home([&](const Parameter& p, const Buffer& b, int slab, int64_t row0, int64_t row1) {
+      const int64_t begin = b.homes.home_begin(), at = slab * b.home_rows() * b.cols,
+                    mine = (begin - b.homes.mine().row) * b.cols;
+      ParameterView<Device> v{};
+      v.weight = home_weight(b) + at;
+      v.m = b.m + at, v.v = b.v + at;
+      if constexpr (has_master)
+        v.master = b.master + at;
+      else
+        v.master = v.weight;
+      v.grad = b.sum ? Grad<Device>{b.sum + at, true} : shifted(b.grad, mine);
+      if (b.second_grad.tensor())
+        v.second_grad = b.second_sum ? Grad<Device>{b.second_sum + at, true} : shifted(b.second_grad, mine);
+      v.map = {p.map(row0) - begin, p.map.block, p.map.stride};
+      v.rows = row1 - row0, v.cols = b.cols, v.decay = p.decay;
+      v.first_partial = p.first_partial + (p.cut + slab) * norm_blocks(p.part_rows()) + row0 / norm_block_rows;
+      v.first_block = blocks, blocks += norm_blocks(v.rows);
+      views.push_back(v);
+    });
     return views;
+  }
+  int64_t n_views() const {
+    int64_t n = 0;
+    each_home([&](auto&&...) { ++n; });
+    return n;
   }
 
  private:
+  // Calls f(parameter, buffer, slab, row0, row1) for the rows of each part that are at home here.
+  template <class F>
+  void each_home(F f) const {
+    for (const Parameter& p : parameters_) {
+      if (p.buffer < 0) continue;
+      const Buffer& b = buffers_[p.buffer];
+      for (int slab = 0; slab < b.homes.slabs; ++slab) {
+        const int64_t rows = p.rows_of(p.cut + slab), row0 = p.map.before(b.homes.home_begin(), rows),
+                      row1 = p.map.before(b.homes.home_end(), rows);
+        if (row0 < row1) f(p, b, slab, row0, row1);
+      }
+    }
+  }
   static Grad<Device> shifted(Grad<Device> g, int64_t n) {
     g.visit([&](auto* p) { g.data = p + n; });
     return g;

@@ -2,6 +2,7 @@
 // whoever computes with them (homes.h). Communicators are the caller's, by Homes::group.
 #pragma once
 #include <map>
+#include <set>
 
 #include "llmc/comm.h"
 #include "llmc/parameters.h"
@@ -107,10 +108,10 @@ class UpdateTraffic {
   }
   template <class F>
   void each_group(F f) const {
-    std::map<int, bool> seen;
+    std::set<int> seen;
     for (int i = first_; i < last_; ++i) {
       const Homes& h = table_->buffer(i).homes;
-      if (h.hosts.size() > 1 && !std::exchange(seen[h.group], true)) f(h.group, comms_[h.group]);
+      if (h.hosts.size() > 1 && seen.insert(h.group).second) f(h.group, comms_[h.group]);
     }
   }
 

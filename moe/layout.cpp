@@ -82,13 +82,13 @@ const char* name_of(Group g) {
 }
 const char* purpose_of(Group g) {
   constexpr const char* purposes[] = {"loss, gradient norm, decisions",
-                                      "experts' optimizer state and its homes",
+                                      "gradients and optimizer state of experts, routers and norms",
                                       "dense gradients and weights",
                                       "activations of split layers",
                                       "activations and their gradients, to the neighbour",
                                       "tokens to experts and back",
                                       "activations of split experts",
-                                      "gradients of experts",
+                                      "who has the same experts",
                                       "tied embeddings"};
   return purposes[int(g)];
 }

@@ -19,6 +19,7 @@
 #include "llmc/random.h"
 #include "llmc/zero.h"
 #include "moe/layer.h"
+#include "moe/model_parameters.h"
 #include "moe/run_options.h"
 
 template <class Device>
@@ -31,7 +32,7 @@ class Model {
   Model(Device& device, const ModelConfig& config, const RunOptions& options)
       : config(config), options(options), device_(device), x_(device, plan) {
     config.validate();
-    declare_parameters();
+    buffers_ = declare_parameters(table, plan, config, options);
     declare_state();
     if (options.train) {
       x_.begin(program_start), start_step_ops();
@@ -198,10 +199,6 @@ class Model {
  private:
   enum Program { program_start, program_micro, program_update, program_evaluate, program_decode };
 
-  struct LayerBuffers {
-    int norm1, qkv, o, q_norm = -1, k_norm = -1, norm2;
-    int router = -1, w13, w2, shared13 = -1, shared2 = -1;  // w13, w2: the experts, or the dense MLP
-  };
   // What forward leaves for backward.
   struct LayerSaved {
     Tensor<Real> input;                 // (N,C) residual stream entering the layer
@@ -258,90 +255,6 @@ class Model {
     return std::min(N, std::max<int64_t>(256, rows / 64 * 64));
   }
 
-  void declare_parameters() {
-    const ModelConfig& c = config;
-    int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert, V = c.vocab_size, Vp = c.padded_vocab();
-    bool train = options.train, wide = options.wide_gradients;
-    auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
-      return parallel.dense(pieces, norm_block_rows, rows);
-    };
-    auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer,
-                      RowMap map) {
-      Parameter p;
-      p.name = name, p.rows = rows, p.cols = cols, p.init = init, p.decay = true;
-      p.layer = layer, p.buffer = buffer, p.map = map;
-      table.add(p);
-    };
-    auto vector = [&](const std::string& name, int64_t cols, int layer) {
-      Parameter p;
-      p.name = name, p.cols = cols, p.vector = true, p.init = Init::ones, p.layer = layer;
-      p.buffer = table.add_buffer(plan, name, parallel.replicated({1}, norm_block_rows), cols, train, true);
-      table.add(p);
-      return p.buffer;
-    };
-    // A matrix whose gradient is one product a micro-step. Where that is one a step, it is written and never zeroed.
-    auto product = [&](const std::string& name, const Homes& homes, int64_t cols) {
-      return table.add_buffer(plan, name, homes, cols, train, wide, false, options.micro_steps == 1);
-    };
-    // An MLP of `experts` experts of width F, at home as `homes` says; `prefix(e)` names expert e. A gate row and an up row
-    // are updated together.
-    auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, auto homes, auto prefix, int& w13,
-                   int& w2) {
-      w13 = product(name + ".w13", homes(2 * F, 2 * norm_block_rows), C);
-      w2 = product(name + ".w2", homes(C, norm_block_rows), F);
-      for (int64_t e = 0; e < experts; ++e) {
-        matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, layer, w13, {e * 2 * F + w13_row(0, false), 8, 16});
-        matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, layer, w13, {e * 2 * F + w13_row(0, true), 8, 16});
-        matrix(prefix(e) + "down_proj.weight", C, F, Init::residual, layer, w2, {e * C, 1, 1});
-      }
-    };
-    auto one = [&](int64_t rows, int64_t unit) { return parallel.dense({rows}, unit, 0); };
-    auto many = [&](int64_t rows, int64_t unit) { return parallel.experts(E, rows, unit); };
-
-    embedding_ = table.add_buffer(plan, "model.embed_tokens.weight", dense({V}, Vp), C, train, wide, c.tied);
-    matrix("model.embed_tokens.weight", V, C, Init::normal, -1, embedding_, {});
-    for (int l = 0; l < c.n_layer; ++l) {
-      LayerBuffers b;
-      std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.",
-                  moe = layer + "mlp.";
-      plan.set_place(l, "attention");
-      b.norm1 = vector(layer + "input_layernorm.weight", C, l);
-      int64_t q = c.n_head * HD, kv = c.n_kv_head * HD;
-      b.qkv = product(attention + "qkv", dense({q, kv, kv}), C);
-      matrix(attention + "q_proj.weight", q, C, Init::normal, l, b.qkv, {0, 1, 1});
-      matrix(attention + "k_proj.weight", kv, C, Init::normal, l, b.qkv, {q, 1, 1});
-      matrix(attention + "v_proj.weight", kv, C, Init::normal, l, b.qkv, {q + kv, 1, 1});
-      b.o = product(attention + "o_proj.weight", dense({C}), q);
-      matrix(attention + "o_proj.weight", C, q, Init::residual, l, b.o, {});
-      if (c.qk_norm) {
-        b.q_norm = vector(attention + "q_norm.weight", HD, l);
-        b.k_norm = vector(attention + "k_norm.weight", HD, l);
-      }
-      plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
-      b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
-      if (c.is_dense(l)) {
-        mlp(
-            moe + "dense", 1, c.d_dense, l, one, [&](int64_t) { return moe; }, b.w13, b.w2);
-      } else {
-        b.router =
-            table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
-        matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
-        auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
-        mlp(moe + "experts", E, c.d_expert, l, many, expert, b.w13, b.w2);
-        auto shared = [&](int64_t) { return moe + "shared_expert."; };
-        if (c.d_shared) mlp(moe + "shared", 1, c.d_shared, l, one, shared, b.shared13, b.shared2);
-      }
-      layers_.push_back(b);
-    }
-    plan.set_place(-1, "");
-    norm_ = vector("model.norm.weight", C, -1);
-    head_ = embedding_;
-    if (!c.tied) {
-      head_ = table.add_buffer(plan, "lm_head.weight", dense({V}, Vp), C, train, true);
-      matrix("lm_head.weight", V, C, Init::normal, -1, head_, {});
-    }
-  }
-
   void declare_state() {
     const ModelConfig& c = config;
     auto bytes = [&]<class T>(Tensor<T>& t, const char* name, int64_t n) {
@@ -376,7 +289,7 @@ class Model {
     }
     plan.set_place(-1, "");
     if (options.train) {
-      n_views_ = int64_t(table.views().size());
+      n_views_ = table.n_views();
       bytes(outliers_, "outliers", 1), bytes(views_, "views", n_views_);
       bytes(first_partials_, "first partials", int64_t(table.parameters().size()) + 1);
       partials_ = plan.template persistent<Acc>("norm partials", {table.partials()}, Category::workspace);
@@ -390,7 +303,7 @@ class Model {
 
   // ---- the network ----
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
-    const LayerBuffers& b = layers_[l];
+    const auto& b = buffers_.layers[l];
     bool full = !pass.decoding;
     ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k,
                       config.n_expert};
@@ -427,7 +340,7 @@ class Model {
             statistics_ranks};
   }
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
-    const LayerBuffers& b = layers_[l];
+    const auto& b = buffers_.layers[l];
     return {x_,
             {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
             pass.N(),
@@ -441,15 +354,15 @@ class Model {
   // qkv -> rotated queries and keys (N, (NH+NKV)*HD)
   Tensor<Real> rotate(int l, const Pass& pass, LayerSaved& s) {
     auto qk = x_.template tensor<Real>("qk", {pass.N(), config.heads().qk_width()});
-    x_.op("qk-norm, rope", qknorm_rope_forward<Device>, qk, s.qk_rstd, s.qkv, weight(layers_[l].q_norm),
-          weight(layers_[l].k_norm), rope_, pass.positions, pass.N(), config.heads(), config.rms_norm_eps);
+    x_.op("qk-norm, rope", qknorm_rope_forward<Device>, qk, s.qk_rstd, s.qkv, weight(buffers_.layers[l].q_norm),
+          weight(buffers_.layers[l].k_norm), rope_, pass.positions, pass.N(), config.heads(), config.rms_norm_eps);
     return qk;
   }
 
   // Returns the residual stream after layer l. keep: backward reads s. recomputing: backward is making s again from
   // s.input (policy block); the output is not needed then.
   Tensor<Real> layer_forward(int l, const Pass& pass, LayerSaved& s, bool keep, bool recomputing) {
-    const LayerBuffers& b = layers_[l];
+    const auto& b = buffers_.layers[l];
     int64_t N = pass.N(), C = config.d_model;
     HeadShape heads = config.heads();
     Category saved = keep ? Category::saved : Category::workspace;
@@ -502,7 +415,7 @@ class Model {
 
   // dres (N,C) enters as the gradient of the layer's output and leaves as that of its input.
   void layer_backward(int l, const Pass& pass, LayerSaved& s, Tensor<Real> dres) {
-    const LayerBuffers& b = layers_[l];
+    const auto& b = buffers_.layers[l];
     int64_t N = pass.N(), C = config.d_model;
     HeadShape heads = config.heads();
     if (options.policy(l) == Recompute::block) {
@@ -555,7 +468,8 @@ class Model {
     int64_t N = pass.N(), C = config.d_model;
     plan.set_place(-1, "");
     auto residual = x_.template tensor<Real>("residual", {N, C}, pass.training ? Category::saved : Category::workspace);
-    x_.op("embedding", embedding_forward<Device>, residual, pass.tokens, weight(embedding_), N, C, config.vocab_size);
+    x_.op("embedding", embedding_forward<Device>, residual, pass.tokens, weight(buffers_.embedding), N, C,
+          config.vocab_size);
     saved.resize(config.n_layer);
     for (int l = 0; l < config.n_layer; ++l) {
       saved[l].input = residual;
@@ -570,7 +484,8 @@ class Model {
     int64_t N = pass.N(), C = config.d_model, chunk = classifier_chunk(N);
     auto normed = x_.template tensor<Real>("final norm", {N, C});
     auto rstd = x_.template tensor<Acc>("final rstd", {N});
-    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(norm_), N, C, config.rms_norm_eps);
+    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(buffers_.norm), N, C,
+          config.rms_norm_eps);
     auto losses = x_.template tensor<Acc>("losses", {N});
     auto scratch = x_.template tensor<char>(
         "classifier.scratch", {int64_t(classifier_scratch_bytes<Device>(C, config.padded_vocab(), chunk))});
@@ -578,21 +493,21 @@ class Model {
     Tensor<Acc> dweight, dhead;
     if (pass.training) {
       dnormed = x_.template tensor<Real>("d final norm", {N, C});
-      const auto& b = table.buffer(head_);
+      const auto& b = table.buffer(buffers_.head);
       dhead = dweight = config.tied ? b.second_grad.wide : b.grad.wide;
       if (options.micro_steps > 1) {  // a micro-batch's contribution is finished before it is added
         dweight = x_.template tensor<Acc>("head gradient", {config.padded_vocab(), C});
         x_.op("zero head gradient", zero, dweight, int64_t(config.padded_vocab() * C * sizeof(Acc)));
       }
     }
-    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(head_), targets_, params_,
-          N, C, config.vocab_size, config.padded_vocab(), chunk);
+    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(buffers_.head), targets_,
+          params_, N, C, config.vocab_size, config.padded_vocab(), chunk);
     x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
     if (!pass.training) return {};
     if (dweight.info != dhead.info)
       x_.op("add head gradient", add_to<Device>, dhead, dweight, config.padded_vocab() * C);
     auto dres = x_.template tensor<Real>("d residual", {N, C});
-    norm_backward("final norm backward", dres, norm_, dnormed, {}, residual, rstd, N);
+    norm_backward("final norm backward", dres, buffers_.norm, dnormed, {}, residual, rstd, N);
     return dres;
   }
 
@@ -616,7 +531,7 @@ class Model {
     auto scratch = x_.template tensor<char>(
         "embedding.scratch",
         {int64_t(embedding_backward_scratch_bytes<Device>(N(), config.d_model, config.vocab_size))});
-    x_.op("embedding backward", embedding_backward<Device>, grad(embedding_), scratch, tokens_, dres, N(),
+    x_.op("embedding backward", embedding_backward<Device>, grad(buffers_.embedding), scratch, tokens_, dres, N(),
           config.d_model, config.vocab_size);
   }
 
@@ -665,14 +580,17 @@ class Model {
     auto residual = trunk(pass, saved);
     auto normed = x_.template tensor<Real>("final norm", {1, C});
     auto rstd = x_.template tensor<Acc>("final rstd", {1});
-    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(norm_), 1, C, config.rms_norm_eps);
-    x_.op("head", matmul_forward<Device>, decode_logits_, product_scratch(1, C, Vp), normed, weight(head_), 1, C, Vp);
+    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(buffers_.norm), 1, C,
+          config.rms_norm_eps);
+    x_.op("head", matmul_forward<Device>, decode_logits_, product_scratch(1, C, Vp), normed, weight(buffers_.head), 1,
+          C, Vp);
   }
 
   static void zero(Device& dev, void* p, int64_t bytes) { dev.zero(p, size_t(bytes)); }
   // Losses, partials of the norm (each has one rank that is home to its rows, the others hold 0), loads of the experts.
   static void sum_over_ranks(Device&, Model* m) {
     const Comm& world = m->parallel[Group::world];
+    static_assert(offsetof(StepStats, z_loss) == 2 * sizeof(double));  // loss, aux_loss and z_loss are neighbours
     world.all_reduce(&m->stats_.data()->loss, 3, "losses");
     world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
     for (const auto& load : m->load_)
@@ -684,8 +602,7 @@ class Model {
   Executor<Device> x_;
   std::unique_ptr<Arena<Device>> arena_;
   std::array<typename Device::Graph, 5> graphs_{};
-  int embedding_ = -1, norm_ = -1, head_ = -1;
-  std::vector<LayerBuffers> layers_;
+  ModelBuffers buffers_;
   Tensor<DeviceStatus> status_;
   Tensor<StepParams> params_;
   Tensor<StepStats> stats_;

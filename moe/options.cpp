@@ -71,7 +71,8 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   fixes_model(app.add_option("--capacity-factor", m.capacity_factor,
                              "an expert keeps ceil(c*N*K/E) rows of a micro-batch; 0: dropless"));
   balances(app.add_option("--balance", names.balance, "aux (loss), bias (selection bias, sigmoid only) or none"));
-  balances(app.add_option("--balance-scope", names.scope, "statistics over the microbatch or over each sequence"));
+  balances(app.add_option("--balance-scope", names.scope,
+                          "statistics over the microbatch (of all ranks) or over each sequence"));
   balances(
       app.add_option("--aux-coef", m.aux_coef, "coefficient of the balance loss (1 at balance, summed over layers)"));
   balances(app.add_option("--z-coef", m.z_coef, "coefficient of the router z-loss"));
@@ -177,7 +178,7 @@ void parse(int argc, char** argv, Options& o, Names& names) {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
     std::fputs(app.help().c_str(), stdout);
-    std::exit(0);
+    throw HelpShown();
   } catch (const CLI::ParseError& e) {
     std::string line = e.what();
     for (char& c : line)
@@ -304,13 +305,12 @@ Options parse_options(int argc, char** argv, int processes) {
     fail("--grad-dtype bf16 would round a gradient once a micro-batch; with ", o.micro_steps(),
          " micro-batches a step use fp32");
   if (o.world != 1 && !o.dry_run) fail("--world belongs to --dry-run; mpirun or RANK and WORLD_SIZE start processes");
+  if (processes > 1 && o.world != 1 && o.world != processes)
+    fail("--world ", o.world, ", but ", processes, " processes run");
   if (processes > 1) o.world = processes;
-  o.layout.validate(o.world, o.model);
-  const std::pair<const char*, int> cuts[] = {{"--etp", o.layout.etp}, {"--tp", o.layout.tp}, {"--pp", o.layout.pp}};
-  for (auto [option, n] : cuts)
-    if (n != 1) fail(option, " ", n, ": not possible yet; use --dp and --ep");
-  if (o.layout.ep > 1 && o.model.capacity_factor > 0)
-    fail("--capacity-factor counts the rows of an expert on one rank; with --ep ", o.layout.ep, " nothing is dropped");
+  const bool trains = !o.generate && o.export_format.empty();
+  if (!trains && (o.world > 1 || o.layout != Layout{}))
+    fail(o.generate ? "--generate" : "--export", " runs as a single process");
   if (!(o.row_headroom > 0 && o.row_headroom <= 1e6))
     fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
   if (o.world > 1) {
@@ -334,4 +334,18 @@ Options parse_options(int argc, char** argv, int processes) {
   if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty())
     fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");
   return o;
+}
+
+void check_processes(const Options& o) {
+  o.layout.validate(o.world, o.model);
+  const std::pair<const char*, int> cuts[] = {{"--etp", o.layout.etp}, {"--tp", o.layout.tp}, {"--pp", o.layout.pp}};
+  for (auto [option, n] : cuts)
+    if (n != 1) fail(option, " ", n, ": not possible yet; use --dp and --ep");
+  const int64_t ep = o.layout.ep;
+  if (ep > 1 && o.model.capacity_factor > 0)
+    fail("--capacity-factor counts the rows of an expert on one rank; with --ep ", ep, " nothing is dropped");
+  if (double(ep) * double(o.batch_size) * double(o.seq_len) * double(std::max(o.model.top_k, ep)) >=
+      double(int64_t(1) << 31))
+    fail("--ep ", ep, " x --batch-size ", o.batch_size, " x --seq-len ", o.seq_len,
+         " tokens reach a rank at most, which pass 2^31 rows; use smaller micro-batches");
 }

@@ -48,8 +48,10 @@ struct Options {
   // Processes
   Layout layout;
   int world = 1;              // processes of the job
+  int local_ranks = 1;        // of them on this host
   double comm_timeout = 600;  // seconds
   double row_headroom = 1.5;  // as in RunOptions
+  std::string command_line;
   bool plain_matmul = false, no_graphs = false;
   std::string experts = "auto";
 
@@ -58,5 +60,11 @@ struct Options {
   int64_t micro_steps() const { return total_batch_tokens / micro_batch_tokens(); }
 };
 
-// Parses argv; `processes`: of the job. --help prints the grouped help and exits 0. Errors: anything unknown, malformed or contradictory, one line.
+// What parse_options throws after it has shown the help.
+struct HelpShown {};
+
+// Parses argv; `processes`: of the job. --help prints the grouped help and throws HelpShown. Errors: anything unknown, malformed or contradictory, one line.
 Options parse_options(int argc, char** argv, int processes = 1);
+
+// Refuses processes that this model, which may be that of a checkpoint, cannot be cut over.
+void check_processes(const Options& o);

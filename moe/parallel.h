@@ -1,6 +1,7 @@
 // The processes of a run as the model sees them: their layout, where this one stands, and the communicators of its groups.
 #pragma once
 #include <array>
+#include <map>
 
 #include "llmc/comm.h"
 #include "llmc/homes.h"
@@ -57,11 +58,13 @@ Parallel open_parallel(World& world, Device& dev, const Layout& layout) {
   Parallel p;
   p.layout = layout, p.here = place(layout, world.rank()), p.world = &world;
   if (p.alone()) return p;
-  for (Group g : groups)
-    for (const std::vector<int>& ranks : all_groups(layout, g)) {
-      Comm comm = world.comm(dev, ranks, name_of(g));
-      if (comm) p.comms[size_t(g)] = comm;
-    }
+  std::map<std::vector<std::vector<int>>, Comm> made;  // kinds whose groups are the same share communicators
+  for (Group g : {Group::world, Group::stage, Group::dp, Group::ep}) {
+    auto [found, is_new] = made.try_emplace(all_groups(layout, g));
+    for (const std::vector<int>& ranks : found->first)
+      if (Comm comm = is_new ? world.comm(dev, ranks, name_of(g)) : Comm()) found->second = comm;
+    p.comms[size_t(g)] = found->second;
+  }
   p.host = world.host_comm(p[Group::world].ranks(), "host");
   return p;
 }

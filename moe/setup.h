@@ -83,7 +83,8 @@ size_t free_bytes(Device& dev) {
 template <class Device>
 size_t budget_of(Device& dev, const Options& o) {
   if (o.memory_budget > 0) return std::max<size_t>(1, size_t(o.memory_budget * double(size_t(1) << 30)));
-  return free_bytes(dev);
+  const int sharing = std::is_base_of_v<GpuBase, Device> ? 1 : o.local_ranks;  // a host's memory
+  return free_bytes(dev) / size_t(sharing);
 }
 
 // What the kernels of this device cannot do, said before anything is allocated.
@@ -136,6 +137,9 @@ void choose_policies(Device& dev, const Options& o, RunOptions& run) {
     fail("--recompute auto: even --recompute block needs ", readable_bytes(double(least)), ", more than the ",
          readable_bytes(double(budget)), " allowed; use a smaller --batch-size or --seq-len");
   run.recompute = policies;
+  if (!run.parallel.alone() && run.parallel.world)  // what the tightest rank needs: ranks send each other the same
+    for (Recompute& p : run.recompute) p = Recompute(run.parallel.host.max(int32_t(p), "recompute policies"));
+  policies = run.recompute;
   std::map<std::string, int> count;
   for (Recompute p : policies) ++count[name_of(p)];
   std::printf("recompute auto:");

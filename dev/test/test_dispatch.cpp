@@ -147,6 +147,72 @@ TEST(DispatchPlan, IndicesOutsideAreReportedAndDropped) {
   expect_plan(all, 0);
 }
 
+// -1 is a choice of another rank's expert: no row, and no fault.
+Routing with_choices_elsewhere(Routing r) {
+  r.name += ", some elsewhere";
+  for (size_t i = 0; i < r.index.size(); ++i)
+    if (random_bits(6, hash_name(r.name), i) % 3 == 0) r.index[i] = -1;
+  return r;
+}
+
+TEST(DispatchPlan, ChoicesOfOtherRanksHaveNoRow) {
+  for (Routing r : all_routings()) {
+    r = with_choices_elsewhere(r);
+    const int64_t kept = std::count_if(r.index.begin(), r.index.end(), [](int32_t e) { return e >= 0; });
+    for (int64_t capacity : {int64_t(0), int64_t(2), r.N * r.K}) expect_plan(r, capacity);
+    Planned p(r, 0);
+    EXPECT_EQ(p.offsets[r.E], kept) << r.name;
+    EXPECT_EQ(p.status.code, DeviceStatus::ok) << r.name;
+  }
+  Routing none{"all elsewhere", 10, 2, 4, std::vector<int32_t>(20, -1)};
+  Planned p(none, 0);
+  EXPECT_EQ(p.status.code, DeviceStatus::ok);
+  EXPECT_EQ(p.offsets, std::vector<int32_t>(5, 0));
+  EXPECT_EQ(p.row_slot, std::vector<int32_t>(20, -1));
+}
+
+// Parts of n rows, one after another, are the plan: each slot has its row in one of them, experts keep their order.
+TEST(DispatchPart, PartsMakeUpThePlan) {
+  for (Routing r : all_routings())
+    for (bool elsewhere : {false, true}) {
+      if (elsewhere) r = with_choices_elsewhere(r);
+      const int64_t slots = r.N * r.K;
+      for (int64_t n : {int64_t(1), int64_t(7), int64_t(64), slots, slots + 30}) {
+        if (n == 1 && slots > 200) continue;
+        SCOPED_TRACE(r.name + ", parts of " + std::to_string(n));
+        Planned whole(r, 0);
+        std::vector<int32_t> row_of(size_t(slots), -1);
+        for (int64_t first = 0; first < slots + n; first += n) {
+          std::vector<int32_t> counts(r.E, -77), offsets(r.E + 1, -77), row_slot(n, -77), slot_row(slots, -77);
+          Cpu<float> dev;
+          dispatch_part(dev, {counts.data(), offsets.data(), row_slot.data(), slot_row.data()},
+                        {whole.counts.data(), whole.offsets.data(), whole.row_slot.data(), whole.slot_row.data()},
+                        first, n, r.N, r.K, r.E);
+          const int64_t rows = std::clamp<int64_t>(whole.offsets[r.E] - first, 0, n);
+          ASSERT_EQ(offsets[0], 0);
+          ASSERT_EQ(offsets[r.E], rows);
+          for (int64_t e = 0; e < r.E; ++e) {
+            ASSERT_EQ(counts[e], offsets[e + 1] - offsets[e]);
+            ASSERT_GE(counts[e], 0);
+            for (int64_t row = offsets[e]; row < offsets[e + 1]; ++row) EXPECT_EQ(r.index[row_slot[row]], e);
+          }
+          for (int64_t row = 0; row < n; ++row) {
+            if (row < rows) {
+              ASSERT_EQ(row_slot[row], whole.row_slot[first + row]);
+              EXPECT_EQ(slot_row[row_slot[row]], row);
+              EXPECT_EQ(row_of[row_slot[row]], -1) << "a slot in two parts";
+              row_of[row_slot[row]] = int32_t(first + row);
+            } else {
+              EXPECT_EQ(row_slot[row], -1);
+            }
+          }
+          EXPECT_EQ(std::count(slot_row.begin(), slot_row.end(), -1), slots - rows);
+        }
+        EXPECT_EQ(row_of, whole.slot_row);
+      }
+    }
+}
+
 template <class Real>
 struct Gather : ::testing::Test {};
 TYPED_TEST_SUITE(Gather, AllReals);

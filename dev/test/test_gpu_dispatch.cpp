@@ -82,6 +82,47 @@ TYPED_TEST(GpuDispatch, ForeignExpertsSmall) {
   EXPECT_EQ(b.status().code, DeviceStatus::expert_out_of_range);
 }
 
+// -1 is a choice of another rank's expert: no row, and no fault.
+Routing with_choices_elsewhere(Routing r, uint64_t one_in = 3) {
+  r.name += ", some elsewhere";
+  for (size_t i = 0; i < r.index.size(); ++i)
+    if (random_bits(6, 0, i) % one_in == 0) r.index[i] = -1;
+  return r;
+}
+TYPED_TEST(GpuDispatch, ChoicesElsewhereSmall) {
+  for (const Routing& r : {random_routing(60, 3, 9, 4), same_for_all(70, 2, 8, 6), random_routing(100, 16, 512)})
+    for (uint64_t one_in : {1, 2, 5}) check_plan<TypeParam>(with_choices_elsewhere(r, one_in), {0, 2});
+  check_plan<TypeParam>(with_choices_elsewhere(random_routing(5000, 8, 128)), {0, 200});
+}
+
+// Parts of a plan, and rows past its end.
+template <class Real>
+void check_parts(const Routing& r, std::initializer_list<int64_t> sizes) {
+  const int64_t slots = r.N * r.K;
+  for (int64_t n : sizes)
+    for (int64_t first : {int64_t(0), n, slots / 2, slots - 1, slots + 5}) {
+      SCOPED_TRACE(r.name + ", rows " + std::to_string(first) + " and " + std::to_string(n) + " of " +
+                   std::to_string(slots));
+      expect_calibrated<Real>([&](auto& b) {
+        Planned whole = plan(b, r, 0);
+        dispatch_part(b.dev,
+                      {b.out_int("part.counts", r.E), b.out_int("part.offsets", r.E + 1), b.out_int("part.row_slot", n),
+                       b.out_int("part.slot_row", slots)},
+                      {whole.counts, whole.offsets, whole.row_slot, whole.slot_row}, first, n, r.N, r.K, r.E);
+      });
+    }
+}
+TYPED_TEST(GpuDispatch, PartSmall) {
+  check_parts<TypeParam>(random_routing(1, 1, 1), {1, 64});
+  check_parts<TypeParam>(random_routing(3, 1, 512), {1, 2, 64});  // more experts than slots
+  check_parts<TypeParam>(random_routing(60, 3, 9, 4), {1, 64, 100, 180, 300});
+  check_parts<TypeParam>(same_for_all(70, 2, 8, 6), {64, 128});
+  check_parts<TypeParam>(with_choices_elsewhere(random_routing(200, 4, 16)), {64, 256, 800});
+}
+TYPED_TEST(GpuDispatch, Part) {
+  check_parts<TypeParam>(with_choices_elsewhere(random_routing(4000, 8, 128)), {4096, 10000});
+}
+
 // ---- gather and combine. Slots are dropped by a capacity.
 
 struct Case {

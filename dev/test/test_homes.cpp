@@ -12,10 +12,10 @@ namespace {
 
 TEST(HomeBounds, AreSharedOutByUnits) {
   EXPECT_EQ(home_bounds({256}, 64, 2), (std::vector<int64_t>{0, 128, 256}));
-  EXPECT_EQ(home_bounds({300}, 64, 2), (std::vector<int64_t>{0, 128, 300}));          // 5 units, the last of 44 rows
+  EXPECT_EQ(home_bounds({300}, 64, 2), (std::vector<int64_t>{0, 192, 300}));          // 5 units, the last of 44 rows
   EXPECT_EQ(home_bounds({100, 30}, 64, 3), (std::vector<int64_t>{0, 64, 100, 130}));  // no unit crosses a piece
-  EXPECT_EQ(home_bounds({128}, 64, 4), (std::vector<int64_t>{0, 0, 64, 64, 128}));
-  EXPECT_EQ(home_bounds({1}, 64, 3), (std::vector<int64_t>{0, 0, 0, 1}));
+  EXPECT_EQ(home_bounds({128}, 64, 4), (std::vector<int64_t>{0, 64, 64, 128, 128}));
+  EXPECT_EQ(home_bounds({1}, 64, 3), (std::vector<int64_t>{0, 1, 1, 1}));
   EXPECT_EQ(home_bounds({}, 64, 2), (std::vector<int64_t>{0, 0, 0}));
 }
 
@@ -44,6 +44,7 @@ TEST(HomeBounds, HoldForAnyPiecesAndRanks) {
     }
     auto [least, most] = std::minmax_element(units.begin(), units.end());
     EXPECT_LE(*most - *least, 1);
+    EXPECT_EQ(units[0], *most);
   }
 }
 

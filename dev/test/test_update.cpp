@@ -178,6 +178,43 @@ TYPED_TEST(Update, NormPartialsAreBlocksOf64LogicalRows) {
   EXPECT_EQ(outliers.count, 3);
 }
 
+// A rank's views leave out the rows of others: their blocks of the table are not touched, and the others are those of the
+// whole.
+TYPED_TEST(Update, NormPartialsOfARankAreBlocksOfTheWhole) {
+  using Real = TypeParam;
+  using Acc = typename Cpu<Real>::Acc;
+  Cpu<Real> dev;
+  Buffer<Real> a("a", 330 * 3, false), b("b", 200 * 5, true);
+  const int64_t n_partials = norm_blocks(330) + norm_blocks(200);
+  std::vector<ParameterView<Cpu<Real>>> all{a.view({0, 1, 1}, 330, 3, 0, true, true),
+                                            b.view({0, 1, 1}, 200, 5, 6, true, false)};
+  auto whole = poisoned<Acc>(n_partials);
+  global_norm_partials(dev, whole.data(), all.data(), 2);
+  auto part = poisoned<Acc>(n_partials);
+  std::vector<ParameterView<Cpu<Real>>> some;
+  // Rows 64 to 192 of the first; 320 to 330 of it; 128 to 200 of the second.
+  some.push_back(a.view({64, 1, 1}, 128, 3, 1, true, true));
+  some.push_back(a.view({320, 1, 1}, 10, 3, 5, true, true));
+  some.push_back(b.view({128, 1, 1}, 72, 5, 8, true, false));
+  some[0].first_block = 0, some[1].first_block = 2, some[2].first_block = 3;
+  global_norm_partials(dev, part.data(), some.data(), 3);
+  for (int64_t i = 0; i < n_partials; ++i) {
+    if (i == 1 || i == 2 || i == 5 || i == 8 || i == 9)
+      EXPECT_EQ(part[i], whole[i]) << i;
+    else
+      EXPECT_TRUE(std::isnan(part[i])) << i;
+  }
+  // The update of the rows likewise.
+  const Buffer<Real> before = a;
+  StepParams params{.learning_rate = 0.1, .step = 1};
+  StepStats stats;
+  adamw(dev, some.data(), &params, &stats, 3, kAdamW);
+  for (int64_t i = 0; i < 330 * 3; ++i) {
+    bool mine = (i / 3 >= 64 && i / 3 < 192) || i / 3 >= 320;
+    EXPECT_EQ(a.m[i] != before.m[i], mine) << i / 3;
+  }
+}
+
 TYPED_TEST(Update, NanAndInfSkipTheUpdateAndNameTheFirstBadTensor) {
   using Real = TypeParam;
   for (double bad : {std::numeric_limits<double>::quiet_NaN(), -std::numeric_limits<double>::infinity()})
@@ -194,13 +231,22 @@ TYPED_TEST(Update, NanAndInfSkipTheUpdateAndNameTheFirstBadTensor) {
       EXPECT_EQ(outliers.count, 0);  // it does not enter the window
       EXPECT_EQ(outliers.loss[0], 0);
     }
-  NormCase<Real> c;  // the loss itself was not finite
-  c.compute();
-  OutlierState outliers;
-  StepStats s = c.decide({}, &outliers, {.loss = std::numeric_limits<double>::quiet_NaN(), .bad_tensor = -2});
-  EXPECT_EQ(s.skip, 1);
-  EXPECT_EQ(s.bad_tensor, -2);
-  EXPECT_EQ(outliers.count, 0);
+}
+
+TYPED_TEST(Update, ALossThatIsNotFiniteSkipsTheUpdate) {
+  using Real = TypeParam;
+  const double inf = std::numeric_limits<double>::infinity();
+  for (double loss : {std::numeric_limits<double>::quiet_NaN(), inf, -inf})
+    for (bool bad_gradient : {false, true}) {  // the loss is where to look first
+      NormCase<Real> c;
+      if (bad_gradient) c.a.grad[0] = std::numeric_limits<double>::quiet_NaN();
+      c.compute();
+      OutlierState outliers;
+      StepStats s = c.decide({}, &outliers, {.loss = loss});
+      EXPECT_EQ(s.skip, 1);
+      EXPECT_EQ(s.bad_tensor, -2);
+      EXPECT_EQ(outliers.count, 0);
+    }
 }
 
 TYPED_TEST(Update, OutliersAreSkippedOnceTheWindowIsFull) {

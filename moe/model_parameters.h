@@ -1,0 +1,104 @@
+// The tensors of a GPT-MoE: which there are, under which names, in which buffers, and where their optimizer state lives.
+#pragma once
+#include "llmc/parameters.h"
+#include "moe/config.h"
+#include "moe/run_options.h"
+
+// Buffers of the table by what they are for; -1: the model has none.
+struct ModelBuffers {
+  struct Layer {
+    int norm1, qkv, o, q_norm = -1, k_norm = -1, norm2;
+    int router = -1, w13, w2, shared13 = -1, shared2 = -1;  // w13, w2: the experts, or the dense MLP
+  };
+  int embedding = -1, norm = -1, head = -1;  // head: the embedding itself where they are tied
+  std::vector<Layer> layers;
+};
+
+// Fills the table and the plan.
+template <class Device>
+ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const ModelConfig& c,
+                                const RunOptions& options) {
+  const Parallel& parallel = options.parallel;
+  ModelBuffers buffers;
+  int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert, V = c.vocab_size, Vp = c.padded_vocab();
+  bool train = options.train, wide = options.wide_gradients;
+  // Experts whose rows come in several passes add to their gradients more than once.
+  bool wide_experts = wide || expert_rows(c, options, options.B * options.T, parallel.layout.ep).passes() > 1;
+  auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
+    return parallel.dense(pieces, norm_block_rows, rows);
+  };
+  auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer, RowMap map) {
+    Parameter p;
+    p.name = name, p.rows = rows, p.cols = cols, p.init = init, p.decay = true;
+    p.layer = layer, p.buffer = buffer, p.map = map;
+    table.add(p);
+  };
+  auto vector = [&](const std::string& name, int64_t cols, int layer) {
+    Parameter p;
+    p.name = name, p.cols = cols, p.vector = true, p.init = Init::ones, p.layer = layer;
+    p.buffer = table.add_buffer(plan, name, parallel.replicated({1}, norm_block_rows), cols, train, true);
+    table.add(p);
+    return p.buffer;
+  };
+  // A matrix whose gradient is one product a micro-step. Where that is one a step, it is written and never zeroed.
+  auto product = [&](const std::string& name, const Homes& homes, int64_t cols, bool wide) {
+    return table.add_buffer(plan, name, homes, cols, train, wide, false, options.micro_steps == 1);
+  };
+  // An MLP of `experts` experts of width F, at home as `homes` says; `prefix(e)` names expert e. A gate row and an up row
+  // are updated together.
+  auto mlp = [&](const std::string& name, int64_t experts, int64_t F, int layer, bool wide, auto homes, auto prefix,
+                 int& w13, int& w2) {
+    w13 = product(name + ".w13", homes(2 * F, 2 * norm_block_rows), C, wide);
+    w2 = product(name + ".w2", homes(C, norm_block_rows), F, wide);
+    for (int64_t e = 0; e < experts; ++e) {
+      matrix(prefix(e) + "gate_proj.weight", F, C, Init::normal, layer, w13, {e * 2 * F + w13_row(0, false), 8, 16});
+      matrix(prefix(e) + "up_proj.weight", F, C, Init::normal, layer, w13, {e * 2 * F + w13_row(0, true), 8, 16});
+      matrix(prefix(e) + "down_proj.weight", C, F, Init::residual, layer, w2, {e * C, 1, 1});
+    }
+  };
+  auto one = [&](int64_t rows, int64_t unit) { return parallel.dense({rows}, unit, 0); };
+  auto many = [&](int64_t rows, int64_t unit) { return parallel.experts(E, rows, unit); };
+
+  buffers.embedding = table.add_buffer(plan, "model.embed_tokens.weight", dense({V}, Vp), C, train, wide, c.tied);
+  matrix("model.embed_tokens.weight", V, C, Init::normal, -1, buffers.embedding, {});
+  for (int l = 0; l < c.n_layer; ++l) {
+    ModelBuffers::Layer b;
+    std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.",
+                moe = layer + "mlp.";
+    plan.set_place(l, "attention");
+    b.norm1 = vector(layer + "input_layernorm.weight", C, l);
+    int64_t q = c.n_head * HD, kv = c.n_kv_head * HD;
+    b.qkv = product(attention + "qkv", dense({q, kv, kv}), C, wide);
+    matrix(attention + "q_proj.weight", q, C, Init::normal, l, b.qkv, {0, 1, 1});
+    matrix(attention + "k_proj.weight", kv, C, Init::normal, l, b.qkv, {q, 1, 1});
+    matrix(attention + "v_proj.weight", kv, C, Init::normal, l, b.qkv, {q + kv, 1, 1});
+    b.o = product(attention + "o_proj.weight", dense({C}), q, wide);
+    matrix(attention + "o_proj.weight", C, q, Init::residual, l, b.o, {});
+    if (c.qk_norm) {
+      b.q_norm = vector(attention + "q_norm.weight", HD, l);
+      b.k_norm = vector(attention + "k_norm.weight", HD, l);
+    }
+    plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
+    b.norm2 = vector(layer + "post_attention_layernorm.weight", C, l);
+    if (c.is_dense(l)) {
+      mlp(
+          moe + "dense", 1, c.d_dense, l, wide, one, [&](int64_t) { return moe; }, b.w13, b.w2);
+    } else {
+      b.router = table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
+      matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
+      auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
+      mlp(moe + "experts", E, c.d_expert, l, wide_experts, many, expert, b.w13, b.w2);
+      auto shared = [&](int64_t) { return moe + "shared_expert."; };
+      if (c.d_shared) mlp(moe + "shared", 1, c.d_shared, l, wide, one, shared, b.shared13, b.shared2);
+    }
+    buffers.layers.push_back(b);
+  }
+  plan.set_place(-1, "");
+  buffers.norm = vector("model.norm.weight", C, -1);
+  buffers.head = buffers.embedding;
+  if (!c.tied) {
+    buffers.head = table.add_buffer(plan, "lm_head.weight", dense({V}, Vp), C, train, true);
+    matrix("lm_head.weight", V, C, Init::normal, -1, buffers.head, {});
+  }
+  return buffers;
+}
