@@ -71,6 +71,17 @@ template <class Real, class... Pointers>
 bool packable(int64_t width, Pointers... p) {
   return width % Pack<Real>::n == 0 && (((reinterpret_cast<uintptr_t>(p) & 15) == 0) && ...);
 }
+// A warp copies a row; packed: as packable() says.
+template <class Real>
+__device__ __forceinline__ void copy_row(Real* to, const Real* from, int64_t width, bool packed) {
+  constexpr int n = Pack<Real>::n;
+  const int lane = threadIdx.x % 32;
+  if (packed)
+    for (int64_t c = lane * n; c < width; c += 32 * n)
+      *reinterpret_cast<Pack<Real>*>(to + c) = *reinterpret_cast<const Pack<Real>*>(from + c);
+  else
+    for (int64_t c = lane; c < width; c += 32) to[c] = from[c];
+}
 
 // ---- reductions: the same tree every time ----
 

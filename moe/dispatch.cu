@@ -49,15 +49,7 @@ __global__ void gather_rows(Real* rows, const Real* x, const int32_t* offsets, c
                             int64_t C, bool packed) {
   int64_t r = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (r >= offsets[E]) return;
-  int lane = threadIdx.x % 32;
-  const Real* from = x + int64_t(row_slot[r] / K) * C;
-  Real* to = rows + r * C;
-  constexpr int n = Pack<Real>::n;
-  if (packed)
-    for (int64_t c = lane * n; c < C; c += 32 * n)
-      *reinterpret_cast<Pack<Real>*>(to + c) = *reinterpret_cast<const Pack<Real>*>(from + c);
-  else
-    for (int64_t c = lane; c < C; c += 32) to[c] = from[c];
+  copy_row(rows + r * C, x + int64_t(row_slot[r] / K) * C, C, packed);
 }
 
 }  // namespace

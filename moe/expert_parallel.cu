@@ -69,15 +69,7 @@ __global__ void __launch_bounds__(threads)
     pack(Real* packed, const Real* x, const int32_t* position, int64_t C, int64_t n, int ranks, bool vectors) {
   const int64_t i = thread_number() / 32;
   if (i >= n || position[i] < 0) return;
-  const Real* from = x + i / ranks * C;
-  Real* to = packed + position[i] * C;
-  constexpr int width = Pack<Real>::n;
-  const int lane = threadIdx.x % 32;
-  if (vectors)
-    for (int64_t c = lane * width; c < C; c += 32 * width)
-      *reinterpret_cast<Pack<Real>*>(to + c) = *reinterpret_cast<const Pack<Real>*>(from + c);
-  else
-    for (int64_t c = lane; c < C; c += 32) to[c] = from[c];
+  copy_row(packed + position[i] * C, x + i / ranks * C, C, vectors);
 }
 
 __global__ void __launch_bounds__(threads) gate_gradients(float* dgates, const float* returned, const int32_t* position,

@@ -100,6 +100,7 @@ class Launcher:
                 self.assertEqual(self.digest(n), self.digest(n))  # the same bits in every run
 
 
+# The same over TCP, below, runs everywhere; MPI is an optional package.
 @unittest.skipIf(NO_MPI, f"MPI: {NO_MPI}")
 class Mpi(Launcher, unittest.TestCase):
     launcher, sizes = "mpi", (1, 2, 3, 4, 8)

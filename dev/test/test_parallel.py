@@ -368,6 +368,7 @@ class Ends(ParallelTest):
                 self.assertEqual(self.records(self.path(launcher))[-1]["step"], step)
                 self.resumes(launcher)
 
+    # About mpirun itself; every other test here goes over TCP where there is none.
     @unittest.skipIf(not MPIRUN, "no mpirun, or built without MPI")
     def test_the_launcher_is_stopped(self):
         """mpirun stops reading what is printed, waits for a while, passes the signal on, waits again, and kills."""
