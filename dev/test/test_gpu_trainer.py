@@ -51,11 +51,16 @@ class OnTheGpu(TrainerTest):
             self.assertAlmostEqual(a, b, delta=1e-5 * b)
 
     def test_memory_is_as_planned_and_the_driver_agrees(self):
-        output = self.ok(*self.training(*BF16, "--steps", 1))
-        planned, by_driver = re.search(r"tensors ([0-9.]+ \w+) planned, ([0-9.]+ \w+) by the driver", output).groups()
         unit = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-        value = [float(t.split()[0]) * unit[t.split()[1]] for t in (planned, by_driver)]
-        self.assertLess(abs(value[1] - value[0]), 4 * 2**20)  # the driver hands out pieces of 2 MiB
+        apart = []
+        for attempt in range(5):  # another process may take memory of the same GPU between the driver's two answers
+            output = self.ok(*self.training(*BF16, "--steps", 1, out=f"memory {attempt}"))
+            found = re.search(r"tensors ([0-9.]+ \w+) planned, ([0-9.]+ \w+) by the driver", output).groups()
+            planned, by_driver = (float(t.split()[0]) * unit[t.split()[1]] for t in found)
+            apart.append(abs(by_driver - planned))
+            if apart[-1] < 4 * 2**20:  # the driver hands out pieces of 2 MiB
+                return
+        self.fail(f"plan and driver are apart by {apart} bytes")
 
     def test_recompute_auto_says_what_it_costs(self):
         model = "--n-layer 4 --d-model 64 --n-head 2 --n-kv-head 1 --head-dim 32 --n-expert 4 --d-expert 256".split()
