@@ -50,6 +50,9 @@ Case make(Lab& lab, const AttentionShape& s) {
   c.forward.bytes =
       double(2 * N * (heads.qk_width() + s.NKV * s.HD + 2 * heads.q_width() + heads.qkv_width()) + 4 * N * s.NH);
   c.outputs = {output("dqkv", dqkv, N * heads.qkv_width())};
+  // Some round dS times its scale, some dS alone (the same where the scale is a power of two, at head size 64). Either is
+  // as near to the truth; of the 10^8 elements of a large shape the one that they round most differently is 0.13 apart.
+  c.outputs[0].worst_limit = 0.2;
   c.variants.push_back({"production", "ours",
                         [=, &dev] { attention_backward(dev, dqkv, scratch, dout, o, lse, qk, qkv, B, T, heads); }});
   for (const Rung& rung : rungs) {
