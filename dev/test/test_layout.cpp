@@ -43,7 +43,7 @@ int size_of(const Layout& l, Group g) {
     case Group::edp:
       return l.edp();
     case Group::ends:
-      return std::min(l.pp, 2);
+      return l.dp * std::min(l.pp, 2);
   }
   return 0;
 }
