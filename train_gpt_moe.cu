@@ -411,11 +411,14 @@ void train_main(Options o, Device& dev, World& world) {
   check_processes(o);
   check_limits<Device>(o.model, o.batch_size, o.seq_len);
   RunOptions run = run_options(o);
-  if (o.world > 1 && o.dry_run)
+  if (o.world > 1 && o.dry_run) {
     std::fputs(describe(o.layout, o.model).c_str(), stdout);
-  else
+    choose_stage(dev, o, run);
+  } else {
     run.parallel = open_parallel(world, dev, o.layout);
-  choose_policies(dev, o, run);
+    choose_policies(dev, o, run);
+  }
+  print_policies(dev, o, run);
   if (o.memory_report || o.dry_run) print_report(dev, o, run);
   if (o.dry_run) return;
   check_memory(dev, o, run);

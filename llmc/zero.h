@@ -1,6 +1,7 @@
 // The traffic of an update between ranks: gradients to the homes of their rows and their sums there, new weights back to
 // whoever computes with them (homes.h). Communicators are the caller's, by Homes::group.
 #pragma once
+#include <deque>
 #include <map>
 #include <set>
 
@@ -18,6 +19,22 @@ class UpdateTraffic {
   // Buffers [first, last) of the table.
   UpdateTraffic(const Table& table, int first, int last, const Comm* comms)
       : table_(&table), first_(first), last_(last), comms_(comms) {}
+
+  // All buffers of a table, cut into consecutive ones whose gradients are exchanged together: what has arrived waits in
+  // memory until it is summed.
+  static std::deque<UpdateTraffic> buckets(const Table& table, const Comm* comms) {
+    constexpr int64_t bucket_elements = int64_t(32) << 20;
+    const auto& buffers = table.buffers();
+    std::deque<UpdateTraffic> all;
+    for (int first = 0, last = 0; first < int(buffers.size()); first = last) {
+      for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
+        const Homes& h = buffers[last].homes;
+        elements += h.bounds.back() * h.slabs * buffers[last].cols;
+      }
+      all.emplace_back(table, first, last, comms);
+    }
+    return all;
+  }
 
   // What the gradients of other ranks need until they are summed.
   int64_t staging_bytes() const {

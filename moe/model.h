@@ -17,9 +17,8 @@
 #include "llmc/parameter_io.h"
 #include "llmc/random.h"
 #include "llmc/zero.h"
-#include "moe/layer.h"
 #include "moe/model_parameters.h"
-#include "moe/run_options.h"
+#include "moe/model_state.h"
 
 template <class Device>
 class Model {
@@ -216,32 +215,9 @@ class Model {
   // From program_slots on: forward and backward of each slot.
   enum Program { program_start, program_micro, program_update, program_evaluate, program_decode, program_slots };
 
-  // What forward leaves for backward.
-  struct LayerSaved {
-    Tensor<Real> input;                 // (N,C) residual stream entering the layer
-    Tensor<Acc> rstd1, rstd2, qk_rstd;  // (N), (N), (N, NH+NKV)
-    Tensor<Real> qkv, o, middle, x;     // middle: residual after attention; x: normalised input of the MoE layer
-    Tensor<Acc> lse;                    // (N, NH)
-    MoeSaved<Device> moe;
-    MlpSaved<Device> mlp;
-  };
-  // A micro-batch under way: what it is given, and what it keeps from forward to backward.
-  struct Slot {
-    Tensor<int32_t> tokens, targets;
-    std::vector<Tensor<int32_t>> replay;  // by layer
-    Tensor<Real> input;                   // from the stage before
-    std::vector<LayerSaved> saved;
-    Tensor<Real> residual;              // after the last layer
-    std::vector<int64_t> arrived_rows;  // of each layer's experts, where they come in passes
-  };
-  // One way through the network.
-  struct Pass {
-    int64_t B, T;
-    bool training, decoding;
-    Slot& slot;
-    Tensor<int32_t> tokens, positions;
-    int64_t N() const { return B * T; }
-  };
+  using LayerSaved = ::LayerSaved<Device>;
+  using Slot = ::Slot<Device>;
+  using Pass = ::Pass<Device>;
 
   // Puts a program on the device: op by op, or as a graph that is captured the first time. Tests and profilers that
   // watch single ops, and the poison of a separate arena, need it op by op.
@@ -591,17 +567,7 @@ class Model {
   }
 
   void update_ops() {
-    // Consecutive buffers whose gradients are exchanged together: what has arrived waits in memory until it is summed.
-    constexpr int64_t bucket_elements = int64_t(32) << 20;
-    const auto& buffers = table.buffers();
-    traffic_.clear();
-    for (int first = 0, last = 0; !parallel.alone() && first < int(buffers.size()); first = last) {
-      for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
-        const Homes& h = buffers[last].homes;
-        elements += h.bounds.back() * h.slabs * buffers[last].cols;
-      }
-      traffic_.emplace_back(table, first, last, parallel.comms.data());
-    }
+    if (!parallel.alone()) traffic_ = UpdateTraffic<Device>::buckets(table, parallel.comms.data());
     for (const auto& t : traffic_) {
       auto staging = x_.template tensor<char>("gradients.staging", {std::max<int64_t>(1, t.staging_bytes())});
       x_.op("exchange gradients", UpdateTraffic<Device>::exchange_gradients, &t, staging);
