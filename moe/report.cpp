@@ -45,7 +45,7 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
       (long long)config.parameters(), (long long)config.active_parameters(), (long long)run.B, (long long)run.T,
       (long long)run.micro_steps, name_of(run.dispatch));
   if (!stage.alone())
-    add("a rank of stage %d of %d: layers %lld to %lld, activations of %d micro-batches\n", stage.index, stage.stages,
+    add("a rank of stage %d of %d: layers %lld to %lld, micro-batches under way: %d\n", stage.index, stage.stages,
         (long long)stage.begin, (long long)stage.end - 1, stage.slots);
   for (size_t l = size_t(stage.begin); l < size_t(stage.end); ++l) {
     const auto& layer = ours.layers[l];
