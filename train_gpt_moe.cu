@@ -214,9 +214,8 @@ class Trainer {
     model_.start_step();
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
     const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // micro-batches taken before
-    auto micro = [&](int64_t i) {
-      return i * o_.layout.dp + parallel().here.dp;
-    };  // of those of all ranks in this step
+    // Of the micro-batches that all ranks take in this step, those of this rank.
+    auto micro = [&](int64_t i) { return i * o_.layout.dp + parallel().here.dp; };
     auto begin = [&](int64_t i) {
       for (int64_t b = 0; b < o_.batch_size; ++b) {
         int64_t sample = (o_.overfit_one_batch ? 0 : next_sample_) + micro(i) * o_.batch_size + b;
@@ -227,7 +226,7 @@ class Trainer {
     };
     auto guarded = [&](auto f) { watched("a micro-step", f); };
     if (!model_.stage.alone()) run_pipeline(model_, begin, guarded);
-    for (int64_t i = 0; model_.stage.alone() && i < o_.micro_steps(); ++i) {
+    for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i) {
       begin(i);
       guarded([&] { model_.micro_step(); });
       routing(all + micro(i), false, 0);

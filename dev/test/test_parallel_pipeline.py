@@ -152,6 +152,16 @@ class Ends(PipelineTest):
         step = int(self.checkpoint(self.path(out)).name[5:])  # complete: two stages go on with it
         self.stages(2, *EXACT, "--steps", 100000, "--stop-after", step + 1, "--resume", out=out)
 
+    def test_a_rank_hangs(self):
+        args = [*EXACT, "--steps", 100000, "--comm-timeout", 2, "--pp", 3]
+        job = self.begun(Job(self.folder, 3, self.training(*args, model=MODEL, out="run"), "tcp"), "run")
+        os.kill(job.pid(1), signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(job.pid(1), signal.SIGCONT)  # so that it can be told to end
+        job.finish()
+        self.assertNotIn(0, job.statuses, job.error)
+        self.assertTrue(any("--comm-timeout" in line for line in job.lines), job.error)
+
     def test_a_rank_is_stopped(self):
         args = [*EXACT, "--steps", 100000, "--comm-timeout", 10, "--pp", 3]
         job = self.begun(Job(self.folder, 3, self.training(*args, model=MODEL, out="run"), "tcp"), "run")
