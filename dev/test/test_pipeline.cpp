@@ -176,6 +176,40 @@ TEST(Pipeline, SendsByThemselvesWouldNeverEnd) {
   EXPECT_FALSE(Simulation(apart).run([](int, const PipelineAction&) {}));
 }
 
+// Programs of two slots: what a forward program leaves for its backward program is not where any of the four puts something
+// else, whatever their order. What they do not leave, and another program's tensors, share memory.
+TEST(Pipeline, WhatPassesBetweenProgramsHasAPlaceOfItsOwn) {
+  Cpu<float> dev;
+  Plan plan;
+  Executor<Cpu<float>> x(dev, plan);
+  void (*op)(Cpu<float>&, float*, float*) = [](Cpu<float>&, float*, float*) {};
+  for (int slot = 0; slot < 2; ++slot) {
+    x.begin(2 * slot);
+    auto kept = x.tensor<float>("kept", {100}), temporary = x.tensor<float>("temporary", {1000});
+    x.op("forward", op, kept, temporary);
+    x.begin(2 * slot + 1);
+    auto other = x.tensor<float>("temporary", {1000});
+    x.op("backward", op, other, kept);
+  }
+  x.interleave(0, 3);
+  x.begin(4);
+  auto later = x.tensor<float>("later", {500});
+  x.op("update", op, later, later);
+  plan.place();
+  auto apart = [](const TensorInfo& a, const TensorInfo& b) {
+    return a.offset + a.bytes <= b.offset || b.offset + b.bytes <= a.offset;
+  };
+  int pairs = 0;
+  for (const TensorInfo& a : plan.tensors())
+    for (const TensorInfo& b : plan.tensors())
+      if (&a != &b && a.name == "kept" && b.name != "later") {
+        EXPECT_TRUE(apart(a, b)) << b.name;
+        ++pairs;
+      }
+  EXPECT_EQ(pairs, 10);
+  EXPECT_EQ(plan.arena_bytes(), 4096 + 2 * 512u);  // rounded up to multiples of 256
+}
+
 TEST(Pipeline, OneStageTakesTurns) {
   const Schedule alone = pipeline_schedule(0, 1, 3);
   ASSERT_EQ(alone.size(), 6u);
