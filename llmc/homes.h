@@ -29,8 +29,8 @@ struct Homes {
   int group = 0;  // the caller's number of the communicator
   int rank = 0;   // in it
   int slabs = 1;
-  // Not 0: only the first so many hosts have a part of the gradient, and only the others one of the second gradient (tied
-  // embeddings at the two ends of a pipeline).
+  // Not 0: only the first so many hosts have a part of the gradient, and only the others one of the second gradient
+  // (tied embeddings at the two ends of a pipeline).
   int first_hosts = 0;
   std::vector<Host> hosts;      // by rank
   std::vector<int64_t> bounds;  // rank r is home to the rows [bounds[r], bounds[r+1])

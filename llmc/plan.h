@@ -173,8 +173,8 @@ class Executor {
     tick_ = program_->first_tick;
   }
 
-  // While planning: programs `first` to `last`, the newest, run in any order and many times. What one of them leaves for
-  // another lives as long as any of them.
+  // While planning: programs `first` to `last`, the newest, run in any order and many times. What one of them leaves
+  // for another lives as long as any of them.
   void interleave(int first, int last) {
     const int64_t begin = programs_[first].first_tick, end = plan.ticks() - 1;
     for (int id = first; id <= last; ++id) {

@@ -1,5 +1,5 @@
-// The order of work in a pipeline, as data: stages that hand each other micro-batches over transfers that wait for the other
-// side.
+// The order of work in a pipeline, as data: stages that hand each other micro-batches over transfers that wait for the
+// other side.
 #include "moe/pipeline.h"
 
 #include <gtest/gtest.h>
@@ -17,8 +17,8 @@ std::vector<Schedule> schedules(int stages, int64_t micro_steps) {
   return all;
 }
 
-// Runs the stages side by side. An action begins once its stage is through with the one before; it passes on what it sends
-// and receives when both sides are at it, in any order, and then its program runs.
+// Runs the stages side by side. An action begins once its stage is through with the one before; it passes on what it
+// sends and receives when both sides are at it, in any order, and then its program runs.
 struct Simulation {
   static constexpr double forward_time = 1, backward_time = 2;
   std::vector<Schedule> stages;
@@ -176,8 +176,8 @@ TEST(Pipeline, SendsByThemselvesWouldNeverEnd) {
   EXPECT_FALSE(Simulation(apart).run([](int, const PipelineAction&) {}));
 }
 
-// Programs of two slots: what a forward program leaves for its backward program is not where any of the four puts something
-// else, whatever their order. What they do not leave, and another program's tensors, share memory.
+// Programs of two slots: what a forward program leaves for its backward program is not where any of the four puts
+// something else, whatever their order. What they do not leave, and another program's tensors, share memory.
 TEST(Pipeline, WhatPassesBetweenProgramsHasAPlaceOfItsOwn) {
   Cpu<float> dev;
   Plan plan;
