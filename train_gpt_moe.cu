@@ -213,17 +213,23 @@ class Trainer {
     model_.set_params(p);
     model_.start_step();
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
-    for (int64_t i = 0; i < o_.micro_steps(); ++i) {
-      const int64_t micro = i * o_.layout.dp + parallel().here.dp;  // of those that all ranks take in this step
-      const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // taken before
+    const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // micro-batches taken before
+    // Of the micro-batches that all ranks take in this step, those of this rank.
+    auto micro = [&](int64_t i) { return i * o_.layout.dp + parallel().here.dp; };
+    auto begin = [&](int64_t i) {
       for (int64_t b = 0; b < o_.batch_size; ++b) {
-        int64_t sample = (o_.overfit_one_batch ? 0 : next_sample_) + micro * o_.batch_size + b;
+        int64_t sample = (o_.overfit_one_batch ? 0 : next_sample_) + micro(i) * o_.batch_size + b;
         train_->sample(sample, &tokens[b * o_.seq_len], &targets[b * o_.seq_len]);
       }
-      model_.set_batch(tokens.data(), targets.data());
-      routing(all + micro, true);
-      watched("a micro-step", [&] { model_.micro_step(); });
-      routing(all + micro, false);
+      model_.set_batch(tokens.data(), targets.data(), model_.stage.slot(i));
+      routing(all + micro(i), true, model_.stage.slot(i));
+    };
+    auto guarded = [&](auto f) { watched("a micro-step", f); };
+    if (!model_.stage.alone()) run_pipeline(model_, begin, guarded);
+    for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i) {
+      begin(i);
+      guarded([&] { model_.micro_step(); });
+      routing(all + micro(i), false, 0);
     }
     model_.update();
     ++step_;
@@ -263,14 +269,14 @@ class Trainer {
   }
 
   // Hands the recorded choices of a micro-step to the model before it, or takes them from it afterwards.
-  void routing(int64_t micro_step, bool before) {
+  void routing(int64_t micro_step, bool before, int slot) {
     if (before ? !replay_ : !record_) return;
     int64_t moe_layer = 0;
     for (int64_t l = 0; l < o_.model.n_layer; ++l) {
       if (o_.model.is_dense(l)) continue;
-      if (before)
-        model_.set_replay(l, replay_->read(micro_step, moe_layer).data());
-      else
+      if (before && model_.stage.has(l))
+        model_.set_replay(l, replay_->read(micro_step, moe_layer).data(), slot);
+      else if (!before)
         record_->append(model_.read_routing(l));
       ++moe_layer;
     }
@@ -321,7 +327,7 @@ class Trainer {
       }
       model_.set_batch(tokens.data(), targets.data());
       sum += watched("evaluation", [&] {
-        model_.evaluate();
+        evaluate_stages(model_);
         return model_.read_stats().loss;
       });
     }
@@ -404,11 +410,14 @@ void train_main(Options o, Device& dev, World& world) {
   check_processes(o);
   check_limits<Device>(o.model, o.batch_size, o.seq_len);
   RunOptions run = run_options(o);
-  if (o.world > 1 && o.dry_run)
+  if (o.world > 1 && o.dry_run) {
     std::fputs(describe(o.layout, o.model).c_str(), stdout);
-  else
+    choose_stage(dev, o, run);
+  } else {
     run.parallel = open_parallel(world, dev, o.layout);
-  choose_policies(dev, o, run);
+    choose_policies(dev, o, run);
+  }
+  print_policies(dev, o, run);
   if (o.memory_report || o.dry_run) print_report(dev, o, run);
   if (o.dry_run) return;
   check_memory(dev, o, run);

@@ -29,10 +29,15 @@ struct Homes {
   int group = 0;  // the caller's number of the communicator
   int rank = 0;   // in it
   int slabs = 1;
+  // Not 0: only the first so many hosts have a part of the gradient, and only the others one of the second gradient
+  // (tied embeddings at the two ends of a pipeline).
+  int first_hosts = 0;
   std::vector<Host> hosts;      // by rank
   std::vector<int64_t> bounds;  // rank r is home to the rows [bounds[r], bounds[r+1])
 
   const Host& mine() const { return hosts[rank]; }
+  bool has_gradient(int r) const { return first_hosts == 0 || r < first_hosts; }
+  bool has_second_gradient(int r) const { return first_hosts == 0 || r >= first_hosts; }
   int64_t home_begin() const { return bounds[rank]; }
   int64_t home_end() const { return bounds[rank + 1]; }
   // Whether this rank computes with all rows that are at home on it, so that they are updated where they stand.
@@ -68,7 +73,7 @@ struct Homes {
 };
 
 // A process alone: all rows.
-inline Homes home_alone(int64_t rows) { return {0, 0, 1, {{0, rows, 0}}, {0, rows}}; }
+inline Homes home_alone(int64_t rows) { return {0, 0, 1, 0, {{0, rows, 0}}, {0, rows}}; }
 
 // Bounds of the homes of `ranks` ranks over pieces of these numbers of rows, one after another, each dealt out in units of
 // `unit` rows (its last may be shorter), as evenly as whole units allow: no rank has

@@ -142,7 +142,7 @@ class ParameterIo {
       keep(read(b.sum + at));
     else
       Grad<Device>(b.grad).visit([&](auto* g) { keep(read(g + mine)); });
-    if (which == State::grad && b.second_grad.tensor()) {
+    if (which == State::grad && b.two_grads) {
       const auto second = read(b.second_sum ? b.second_sum + at : b.second_grad.wide + mine);
       for (size_t i = 0; i < values.size(); ++i) values[i] += second[i];
     }

@@ -76,7 +76,9 @@ class ParameterTable {
     std::string name;
     int64_t rows, cols;  // what this rank computes with
     Tensor<Real> weight;
-    GradTensor<Device> grad, second_grad;
+    bool wide_grad;  // of all its hosts; the second one is Acc
+    bool two_grads;
+    GradTensor<Device> grad, second_grad;  // null where this host has no part of it
     // Of the rows of its optimizer state that are at home on this rank (homes.h), as (slabs, home rows, cols):
     Homes homes;
     Tensor<Acc> master, m, v;
@@ -94,7 +96,7 @@ class ParameterTable {
                  bool second_grad = false, bool written_grad = false) {
     int64_t rows = homes.mine().rows;
     Buffer b;
-    b.name = name, b.rows = rows, b.cols = cols, b.homes = homes;
+    b.name = name, b.rows = rows, b.cols = cols, b.homes = homes, b.wide_grad = wide_grad, b.two_grads = second_grad;
     b.weight = plan.persistent<Real>(name, {rows, cols}, Category::weights);
     if (train) {
       auto gradient = [&](bool wide, const char* suffix) {
@@ -105,9 +107,9 @@ class ParameterTable {
           g.narrow = plan.persistent<Real>(name + suffix, {rows, cols}, Category::gradients);
         return g;
       };
-      b.grad = gradient(wide_grad, ".grad");
+      if (homes.has_gradient(homes.rank)) b.grad = gradient(wide_grad, ".grad");
       b.grad.add = !written_grad;
-      if (second_grad) b.second_grad = gradient(true, ".grad2");
+      if (second_grad && homes.has_second_gradient(homes.rank)) b.second_grad = gradient(true, ".grad2");
       std::vector<int64_t> home{homes.slabs * b.home_rows(), cols};
       auto state = [&]<class T>(Tensor<T>& t, const char* suffix, Category category) {
         if (b.home_size()) t = plan.persistent<T>(name + suffix, home, category);
@@ -165,7 +167,7 @@ class ParameterTable {
       else
         v.master = v.weight;
       v.grad = b.sum ? Grad<Device>{b.sum + at, true} : shifted(b.grad, mine);
-      if (b.second_grad.tensor())
+      if (b.two_grads)
         v.second_grad = b.second_sum ? Grad<Device>{b.second_sum + at, true} : shifted(b.second_grad, mine);
       v.map = {p.map(row0) - begin, p.map.block, p.map.stride};
       v.rows = row1 - row0, v.cols = b.cols, v.decay = p.decay;

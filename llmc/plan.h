@@ -173,6 +173,17 @@ class Executor {
     tick_ = program_->first_tick;
   }
 
+  // While planning: programs `first` to `last`, the newest, run in any order and many times. What one of them leaves
+  // for another lives as long as any of them.
+  void interleave(int first, int last) {
+    const int64_t begin = programs_[first].first_tick, end = plan.ticks() - 1;
+    for (int id = first; id <= last; ++id) {
+      const int64_t next = id < last ? programs_[id + 1].first_tick : end + 1;
+      for (TensorInfo* t : programs_[id].temporaries)
+        if (t->last >= next) t->first = begin, t->last = end;
+    }
+  }
+
   // A tensor of the running program, alive from the first op that is given it to the last.
   template <class T>
   Tensor<T> tensor(const char* name, std::vector<int64_t> shape, Category category = Category::workspace) {

@@ -1,6 +1,7 @@
 // The traffic of an update between ranks: gradients to the homes of their rows and their sums there, new weights back to
 // whoever computes with them (homes.h). Communicators are the caller's, by Homes::group.
 #pragma once
+#include <deque>
 #include <map>
 #include <set>
 
@@ -19,12 +20,28 @@ class UpdateTraffic {
   UpdateTraffic(const Table& table, int first, int last, const Comm* comms)
       : table_(&table), first_(first), last_(last), comms_(comms) {}
 
+  // All buffers of a table, cut into consecutive ones whose gradients are exchanged together: what has arrived waits in
+  // memory until it is summed.
+  static std::deque<UpdateTraffic> buckets(const Table& table, const Comm* comms) {
+    constexpr int64_t bucket_elements = int64_t(32) << 20;
+    const auto& buffers = table.buffers();
+    std::deque<UpdateTraffic> all;
+    for (int first = 0, last = 0; first < int(buffers.size()); first = last) {
+      for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
+        const Homes& h = buffers[last].homes;
+        elements += h.bounds.back() * h.slabs * buffers[last].cols;
+      }
+      all.emplace_back(table, first, last, comms);
+    }
+    return all;
+  }
+
   // What the gradients of other ranks need until they are summed.
   int64_t staging_bytes() const {
     int64_t bytes = 0;
-    each_gradient([&](const Buffer& b, const GradTensor<Device>& g, Tensor<Acc>) {
+    each_gradient([&](const Buffer& b, const Part& g) {
       for (const Share& s : b.homes.from_hosts())
-        if (s.rank != b.homes.rank) bytes += s.rows * b.cols * width(g);
+        if (s.rank != b.homes.rank && g.of(s.rank)) bytes += s.rows * b.cols * g.width();
     });
     return bytes;
   }
@@ -34,14 +51,14 @@ class UpdateTraffic {
     t->each_group([&](int group, const Comm& comm) {
       std::vector<Piece> sends, receives;
       char* next = staging;
-      t->each_gradient([&](const Buffer& b, const GradTensor<Device>& g, Tensor<Acc>) {
-        const int64_t row_bytes = b.cols * width(g);
+      t->each_gradient([&](const Buffer& b, const Part& g) {
+        const int64_t row_bytes = b.cols * g.width();
         const bool ours = b.homes.group == group;
         for (const Share& s : b.homes.to_homes())
-          if (ours && s.rank != b.homes.rank)
-            sends.emplace_back(s.rank, data(g) + s.row * row_bytes, s.rows * row_bytes);
+          if (ours && s.rank != b.homes.rank && g.of(b.homes.rank))
+            sends.emplace_back(s.rank, g.data() + s.row * row_bytes, s.rows * row_bytes);
         for (const Share& s : b.homes.from_hosts()) {
-          if (s.rank == b.homes.rank) continue;
+          if (s.rank == b.homes.rank || !g.of(s.rank)) continue;
           if (ours) receives.emplace_back(s.rank, next, s.rows * row_bytes);
           next += s.rows * row_bytes;
         }
@@ -53,26 +70,27 @@ class UpdateTraffic {
   // Every home adds up what it was sent and its own, in the order of the ranks.
   static void sum_gradients(Device& dev, const UpdateTraffic* t, const char* staging) {
     const char* next = staging;
-    t->each_gradient([&](const Buffer& b, const GradTensor<Device>& g, Tensor<Acc> sum) {
-      const int64_t row_bytes = b.cols * width(g);
+    t->each_gradient([&](const Buffer& b, const Part& g) {
+      const int64_t row_bytes = b.cols * g.width();
       std::map<int64_t, std::pair<int64_t, std::vector<const void*>>> rows;  // first of home memory -> how many, parts
       for (const Share& s : b.homes.from_hosts()) {
+        if (!g.of(s.rank)) continue;
         auto& [n, parts] = rows[s.row];
         n = s.rows;
         if (s.rank != b.homes.rank) {
           parts.push_back(next), next += s.rows * row_bytes;
         } else {
           for (const Share& mine : b.homes.to_homes())
-            if (mine.rank == s.rank) parts.push_back(data(g) + mine.row * row_bytes);
+            if (mine.rank == s.rank) parts.push_back(g.data() + mine.row * row_bytes);
         }
       }
-      if (!sum) return;
+      if (!g.sum) return;
       for (const auto& [row, part] : rows)
         for (size_t begin = 0; begin < part.second.size(); begin += SumParts::most) {
           SumParts parts;
           while (parts.n < SumParts::most && begin + parts.n < part.second.size())
             parts.part[parts.n] = part.second[begin + parts.n], ++parts.n;
-          sum_parts(dev, sum.data() + row * b.cols, parts, bool(g.wide), begin > 0, part.first * b.cols);
+          sum_parts(dev, g.sum.data() + row * b.cols, parts, g.wide, begin > 0, part.first * b.cols);
         }
     });
   }
@@ -96,14 +114,23 @@ class UpdateTraffic {
   }
 
  private:
-  static int64_t width(const GradTensor<Device>& g) { return int64_t(g.wide ? sizeof(Acc) : sizeof(Real)); }
-  static char* data(const GradTensor<Device>& g) { return static_cast<char*>(Grad<Device>(g).data); }
+  // One of the gradients of a buffer.
+  struct Part {
+    const Homes& homes;
+    bool second, wide;
+    const GradTensor<Device>& mine;  // null where this rank has no part of it
+    Tensor<Acc> sum;
+
+    bool of(int rank) const { return second ? homes.has_second_gradient(rank) : homes.has_gradient(rank); }
+    int64_t width() const { return int64_t(wide ? sizeof(Acc) : sizeof(Real)); }
+    char* data() const { return static_cast<char*>(Grad<Device>(mine).data); }
+  };
   template <class F>
   void each_gradient(F f) const {
     for (int i = first_; i < last_; ++i) {
       const Buffer& b = table_->buffer(i);
-      f(b, b.grad, b.sum);
-      if (b.second_grad.tensor()) f(b, b.second_grad, b.second_sum);
+      f(b, Part{b.homes, false, b.wide_grad, b.grad, b.sum});
+      if (b.two_grads) f(b, Part{b.homes, true, true, b.second_grad, b.second_sum});
     }
   }
   template <class F>

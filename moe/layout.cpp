@@ -36,7 +36,7 @@ bool together(const Layout& layout, Group g, const Place& a, const Place& b) {
       return stage && a.ep == b.ep && a.etp == b.etp;
     case Group::ends: {
       auto at_end = [&](const Place& p) { return p.pp == 0 || p.pp == layout.pp - 1; };
-      return at_end(a) && at_end(b) && a.dp == b.dp && a.tp == b.tp;
+      return at_end(a) && at_end(b) && a.tp == b.tp;
     }
   }
   return false;

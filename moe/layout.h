@@ -32,7 +32,7 @@ struct Place {
 Place place(const Layout& layout, int rank);  // rank in [0, world)
 
 // The groups in which ranks talk to one another. Of each kind, every rank is in exactly one group (`ends`: those of the
-// first and the last stage).
+// first and the last stage, the dp ranks of both together).
 enum class Group { world, stage, dp, tp, pp, ep, etp, edp, ends };
 inline constexpr Group groups[] = {Group::world, Group::stage, Group::dp,  Group::tp,  Group::pp,
                                    Group::ep,    Group::etp,   Group::edp, Group::ends};

@@ -6,7 +6,6 @@
 // Kept for backward per layer: the two residual streams, qkv before norm and rotation, attention's output and
 // log-sum-exp, the MoE layer's input and H (layer.h). What is cheap to make again from these is not kept.
 #pragma once
-#include <array>
 #include <functional>
 #include <memory>
 
@@ -18,9 +17,8 @@
 #include "llmc/parameter_io.h"
 #include "llmc/random.h"
 #include "llmc/zero.h"
-#include "moe/layer.h"
 #include "moe/model_parameters.h"
-#include "moe/run_options.h"
+#include "moe/model_state.h"
 
 template <class Device>
 class Model {
@@ -32,11 +30,13 @@ class Model {
   Model(Device& device, const ModelConfig& config, const RunOptions& options)
       : config(config), options(options), device_(device), x_(device, plan) {
     config.validate();
+    graphs_.resize(program_slots + 2 * stage.slots);
     buffers_ = declare_parameters(table, plan, config, options);
     declare_state();
     if (options.train) {
       x_.begin(program_start), start_step_ops();
-      x_.begin(program_micro), micro_step_ops();
+      if (stage.alone()) x_.begin(program_micro), micro_step_ops();
+      if (!stage.alone()) plan_slots();
       x_.begin(program_update), update_ops();
     }
     if (options.evaluate) x_.begin(program_evaluate), evaluate_ops();
@@ -47,6 +47,7 @@ class Model {
   const ModelConfig config;
   const RunOptions options;
   const Parallel& parallel = options.parallel;
+  const Stage stage = stage_of(config, options);
   Plan plan;
   ParameterTable<Device> table;
 
@@ -100,14 +101,17 @@ class Model {
   std::vector<Acc> read_parameter(const Parameter& p, State which = State::weight) {
     return parameter_io().read(p, which);
   }
-  bool has_bias(int64_t layer) const { return bool(bias_[layer]); }
+  bool has_bias(int64_t layer) const { return config.gate == Gate::sigmoid && !config.is_dense(layer); }
+  // All ranks call it, whichever stage has the layer.
   std::vector<Acc> read_bias(int64_t layer) {
     std::vector<Acc> values(config.n_expert);
-    device_.to_host(values.data(), bias_[layer], values.size() * sizeof(Acc));
+    if (bias_[layer] && parallel.stage_rank() == 0)
+      device_.to_host(values.data(), bias_[layer], values.size() * sizeof(Acc));
+    if (!parallel.alone()) parallel.host.all_reduce(values.data(), config.n_expert, "router bias");
     return values;
   }
   void write_bias(int64_t layer, const Acc* values) {
-    device_.to_device(bias_[layer], values, size_t(config.n_expert) * sizeof(Acc));
+    if (bias_[layer]) device_.to_device(bias_[layer], values, size_t(config.n_expert) * sizeof(Acc));
   }
   OutlierState read_outliers() {
     OutlierState s;
@@ -119,16 +123,27 @@ class Model {
   // ---- a step: set_params, start_step, (set_batch, micro_step) x micro_steps, update, then read ----
   // On a GPU none of these waits: inputs are staged, and the programs are put on the stream, as graphs once captured.
   void set_params(const StepParams& p) { device_.stage(params_, &p, sizeof p); }
-  void set_batch(const int32_t* tokens, const int32_t* targets) {
-    device_.stage(tokens_, tokens, size_t(N()) * sizeof(int32_t));
-    device_.stage(targets_, targets, size_t(N()) * sizeof(int32_t));
+  void set_batch(const int32_t* tokens, const int32_t* targets, int slot = 0) {
+    device_.stage(slots_[slot].tokens, tokens, size_t(N()) * sizeof(int32_t));
+    device_.stage(slots_[slot].targets, targets, size_t(N()) * sizeof(int32_t));
   }
   void start_step() { run(program_start, &Model::start_step_ops); }
-  void micro_step() { run(program_micro, &Model::micro_step_ops); }
+  void micro_step() {
+    if (stage.alone()) return run(program_micro, &Model::micro_step_ops);
+    forward(0), backward(0);  // of this stage, with what its neighbours sent last
+  }
   void update() { run(program_update, &Model::update_ops); }
+  // A micro-step of a pipeline stage, in two parts (pipeline.h); slot: of the micro-batch. What comes from its neighbours and
+  // goes to them, (N,C): the residual stream into the stage and out of it; the gradient of the latter, which backward makes
+  // that of the former.
+  void forward(int slot) { run(program_slots + 2 * slot, &Model::forward_ops, slot); }
+  void backward(int slot) { run(program_slots + 2 * slot + 1, &Model::backward_ops, slot); }
+  Tensor<Real> stage_input(int slot) const { return slots_[slot].input; }
+  Tensor<Real> stage_output() const { return stage_output_; }
+  Tensor<Real> stage_gradient() const { return stage_gradient_; }
   // Cross-entropy of the batch that was set, times params.loss_scale, left in read_stats().loss.
   void evaluate() { run(program_evaluate, &Model::evaluate_ops); }
-  // The captured programs of a GPU, in the order start, micro-step, update, evaluate, decode; null where none is.
+  // The captured programs of a GPU, in the order of Program; null where none is.
   auto& graphs() { return graphs_; }
   // Logits (V) of one token at one position, against the cache of the positions before it.
   std::vector<float> decode(int32_t token, int32_t position) {
@@ -192,34 +207,23 @@ class Model {
     device_.to_host(index.data(), record_[layer], index.size() * sizeof(int32_t));
     return index;
   }
-  void set_replay(int64_t layer, const int32_t* index) {
-    device_.to_device(replay_[layer], index, size_t(N() * config.top_k) * sizeof(int32_t));
+  void set_replay(int64_t layer, const int32_t* index, int slot = 0) {
+    device_.to_device(slots_[slot].replay[layer], index, size_t(N() * config.top_k) * sizeof(int32_t));
   }
 
  private:
-  enum Program { program_start, program_micro, program_update, program_evaluate, program_decode };
+  // From program_slots on: forward and backward of each slot.
+  enum Program { program_start, program_micro, program_update, program_evaluate, program_decode, program_slots };
 
-  // What forward leaves for backward.
-  struct LayerSaved {
-    Tensor<Real> input;                 // (N,C) residual stream entering the layer
-    Tensor<Acc> rstd1, rstd2, qk_rstd;  // (N), (N), (N, NH+NKV)
-    Tensor<Real> qkv, o, middle, x;     // middle: residual after attention; x: normalised input of the MoE layer
-    Tensor<Acc> lse;                    // (N, NH)
-    MoeSaved<Device> moe;
-    MlpSaved<Device> mlp;
-  };
-  // One way through the network.
-  struct Pass {
-    int64_t B, T;
-    bool training, decoding;
-    Tensor<int32_t> tokens, positions;
-    int64_t N() const { return B * T; }
-  };
+  using LayerSaved = ::LayerSaved<Device>;
+  using Slot = ::Slot<Device>;
+  using Pass = ::Pass<Device>;
 
   // Puts a program on the device: op by op, or as a graph that is captured the first time. Tests and profilers that
   // watch single ops, and the poison of a separate arena, need it op by op.
-  void run(Program id, void (Model::*ops)()) {
-    auto body = [&] { x_.begin(id), (this->*ops)(); };
+  template <class... Args>
+  void run(int id, void (Model::*ops)(Args...), Args... args) {
+    auto body = [&] { x_.begin(id), (this->*ops)(args...); };
     if constexpr (Device::has_graphs) {
       if (options.graphs && !options.separate_arena && !x_.observer) {
         if (!graphs_[id]) graphs_[id] = device_.capture(body);
@@ -261,21 +265,31 @@ class Model {
       t = plan.template persistent<T>(name, {n * int64_t(sizeof(T))}, Category::workspace);
     };
     bytes(status_, "status", 1), bytes(params_, "params", 1), bytes(stats_, "stats", 1);
-    tokens_ = plan.template persistent<int32_t>("tokens", {N()}, Category::workspace);
-    targets_ = plan.template persistent<int32_t>("targets", {N()}, Category::workspace);
+    slots_.resize(stage.slots);
+    for (Slot& slot : slots_) {
+      slot.tokens = plan.template persistent<int32_t>("tokens", {N()}, Category::workspace);
+      slot.targets = plan.template persistent<int32_t>("targets", {N()}, Category::workspace);
+      slot.replay.resize(c.n_layer), slot.arrived_rows.resize(c.n_layer);
+      if (!stage.first()) slot.input = plan.template persistent<Real>("input", {N(), c.d_model}, Category::saved);
+    }
+    auto passed = [&](const char* name) {
+      return plan.template persistent<Real>(name, {N(), c.d_model}, Category::workspace);
+    };
+    if (!stage.last()) stage_output_ = passed("output");
+    if (!stage.alone() && options.train) stage_gradient_ = passed("gradient");
     positions_ = plan.template persistent<int32_t>("positions", {N()}, Category::workspace);
     rope_ = plan.template persistent<Acc>("rope", {positions_held(), c.head_dim}, Category::workspace);
-    arrived_rows_.resize(c.n_layer);
-    load_.resize(c.n_layer), bias_.resize(c.n_layer), replay_.resize(c.n_layer), record_.resize(c.n_layer);
+    load_.resize(c.n_layer), bias_.resize(c.n_layer), record_.resize(c.n_layer);
     k_cache_.resize(c.n_layer), v_cache_.resize(c.n_layer);
     for (int l = 0; l < c.n_layer; ++l) {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       if (!c.is_dense(l)) {
-        load_[l] = plan.template persistent<int32_t>("load", {c.n_expert}, Category::workspace);
-        if (c.gate == Gate::sigmoid)
-          bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
-        if (options.replay_routing)
-          replay_[l] = plan.template persistent<int32_t>("replay", {N(), c.top_k}, Category::workspace);
+        load_[l] = plan.template persistent<int32_t>("load", {c.n_expert}, Category::workspace);  // all stages'
+        if (!stage.has(l)) continue;
+        if (has_bias(l)) bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
+        for (Slot& slot : slots_)
+          if (options.replay_routing)
+            slot.replay[l] = plan.template persistent<int32_t>("replay", {N(), c.top_k}, Category::workspace);
         if (options.record_routing)
           record_[l] = plan.template persistent<int32_t>("record", {N(), c.top_k}, Category::workspace);
       }
@@ -324,14 +338,14 @@ class Model {
              options.policy(l),
              options.dispatch,
              {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
-             &arrived_rows_[l]},
+             &pass.slot.arrived_rows[l]},
             weight(b.router),
             grad(b.router),
             bias_[l],
             {weight(b.shared13), weight(b.shared2), product_grad(b.shared13), product_grad(b.shared2)},
             config.d_shared,
             load_[l],
-            full && pass.training ? replay_[l] : Tensor<int32_t>{},
+            full && pass.training ? pass.slot.replay[l] : Tensor<int32_t>{},
             full && pass.training ? record_[l] : Tensor<int32_t>{},
             stats_,
             params_,
@@ -401,7 +415,8 @@ class Model {
           config.rms_norm_eps);
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
-    Category out_category = pass.training ? Category::saved : Category::workspace;
+    const bool leaves = l + 1 == stage.end && !stage.last();  // backward reads it where it goes
+    Category out_category = pass.training && !leaves ? Category::saved : Category::workspace;
     if (!config.is_dense(l)) {
       return moe_layer(l, pass).forward(s.moe, s.x, s.middle, keep, out_category, recomputing);
     }
@@ -463,19 +478,23 @@ class Model {
           config.d_model);
   }
 
-  // Embedding and all layers; returns the residual stream after the last.
+  // Embedding and layers, those of this stage; returns the residual stream after the last.
   Tensor<Real> trunk(const Pass& pass, std::vector<LayerSaved>& saved) {
     int64_t N = pass.N(), C = config.d_model;
     plan.set_place(-1, "");
-    auto residual = x_.template tensor<Real>("residual", {N, C}, pass.training ? Category::saved : Category::workspace);
-    x_.op("embedding", embedding_forward<Device>, residual, pass.tokens, weight(buffers_.embedding), N, C,
-          config.vocab_size);
+    auto residual = pass.slot.input;
+    if (stage.first()) {
+      residual = x_.template tensor<Real>("residual", {N, C}, pass.training ? Category::saved : Category::workspace);
+      x_.op("embedding", embedding_forward<Device>, residual, pass.tokens, weight(buffers_.embedding), N, C,
+            config.vocab_size);
+    }
     saved.resize(config.n_layer);
-    for (int l = 0; l < config.n_layer; ++l) {
+    for (int l = int(stage.begin); l < stage.end; ++l) {
       saved[l].input = residual;
       residual = layer_forward(l, pass, saved[l], pass.training && options.policy(l) != Recompute::block, false);
     }
     plan.set_place(-1, "");
+    if (!stage.last()) x_.op("stage output", copy, stage_output_, residual, int64_t(stage_output_.info->bytes));
     return residual;
   }
 
@@ -500,13 +519,13 @@ class Model {
         x_.op("zero head gradient", zero, dweight, int64_t(config.padded_vocab() * C * sizeof(Acc)));
       }
     }
-    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(buffers_.head), targets_,
-          params_, N, C, config.vocab_size, config.padded_vocab(), chunk);
+    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(buffers_.head),
+          pass.slot.targets, params_, N, C, config.vocab_size, config.padded_vocab(), chunk);
     x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
     if (!pass.training) return {};
     if (dweight.info != dhead.info)
       x_.op("add head gradient", add_to<Device>, dhead, dweight, config.padded_vocab() * C);
-    auto dres = x_.template tensor<Real>("d residual", {N, C});
+    auto dres = stage_gradient_ ? stage_gradient_ : x_.template tensor<Real>("d residual", {N, C});
     norm_backward("final norm backward", dres, buffers_.norm, dnormed, {}, residual, rstd, N);
     return dres;
   }
@@ -521,32 +540,34 @@ class Model {
     x_.op("zero stats", reset_stats<Device>, stats_);
   }
 
-  void micro_step_ops() {
-    Pass pass{options.B, options.T, true, false, tokens_, positions_};
-    std::vector<LayerSaved> saved;
-    auto residual = trunk(pass, saved);
-    auto dres = head(pass, residual);
-    for (int l = int(config.n_layer) - 1; l >= 0; --l) layer_backward(l, pass, saved[l], dres);
+  void plan_slots() {
+    for (int slot = 0, id = program_slots; slot < stage.slots; ++slot) {
+      x_.begin(id++), forward_ops(slot);
+      x_.begin(id++), backward_ops(slot);
+    }
+    x_.interleave(program_slots, program_slots + 2 * stage.slots - 1);
+  }
+  Pass training_pass(int slot) {
+    return {options.B, options.T, true, false, slots_[slot], slots_[slot].tokens, positions_};
+  }
+  void micro_step_ops() { forward_ops(0), backward_ops(0); }
+  void forward_ops(int slot) { slots_[slot].residual = trunk(training_pass(slot), slots_[slot].saved); }
+  // The head's forward pass included: what it leaves is read at once.
+  void backward_ops(int slot) {
+    Pass pass = training_pass(slot);
+    auto dres = stage.last() ? head(pass, pass.slot.residual) : stage_gradient_;
+    for (int l = int(stage.end) - 1; l >= stage.begin; --l) layer_backward(l, pass, pass.slot.saved[l], dres);
     plan.set_place(-1, "");
+    if (!stage.first()) return;
     auto scratch = x_.template tensor<char>(
         "embedding.scratch",
         {int64_t(embedding_backward_scratch_bytes<Device>(N(), config.d_model, config.vocab_size))});
-    x_.op("embedding backward", embedding_backward<Device>, grad(buffers_.embedding), scratch, tokens_, dres, N(),
+    x_.op("embedding backward", embedding_backward<Device>, grad(buffers_.embedding), scratch, pass.tokens, dres, N(),
           config.d_model, config.vocab_size);
   }
 
   void update_ops() {
-    // Consecutive buffers whose gradients are exchanged together: what has arrived waits in memory until it is summed.
-    constexpr int64_t bucket_elements = int64_t(32) << 20;
-    const auto& buffers = table.buffers();
-    traffic_.clear();
-    for (int first = 0, last = 0; !parallel.alone() && first < int(buffers.size()); first = last) {
-      for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
-        const Homes& h = buffers[last].homes;
-        elements += h.bounds.back() * h.slabs * buffers[last].cols;
-      }
-      traffic_.emplace_back(table, first, last, parallel.comms.data());
-    }
+    if (!parallel.alone()) traffic_ = UpdateTraffic<Device>::buckets(table, parallel.comms.data());
     for (const auto& t : traffic_) {
       auto staging = x_.template tensor<char>("gradients.staging", {std::max<int64_t>(1, t.staging_bytes())});
       x_.op("exchange gradients", UpdateTraffic<Device>::exchange_gradients, &t, staging);
@@ -567,14 +588,15 @@ class Model {
   }
 
   void evaluate_ops() {
-    Pass pass{options.B, options.T, false, false, tokens_, positions_};
+    Pass pass{options.B, options.T, false, false, slots_[0], slots_[0].tokens, positions_};
     x_.op("zero stats", reset_stats<Device>, stats_);
     std::vector<LayerSaved> saved;
-    head(pass, trunk(pass, saved));
+    auto residual = trunk(pass, saved);
+    if (stage.last()) head(pass, residual);
   }
 
   void decode_ops() {
-    Pass pass{1, 1, false, true, decode_token_, decode_position_};
+    Pass pass{1, 1, false, true, slots_[0], decode_token_, decode_position_};
     int64_t C = config.d_model, Vp = config.padded_vocab();
     std::vector<LayerSaved> saved;
     auto residual = trunk(pass, saved);
@@ -587,21 +609,26 @@ class Model {
   }
 
   static void zero(Device& dev, void* p, int64_t bytes) { dev.zero(p, size_t(bytes)); }
+  static void copy(Device& dev, void* to, const void* from, int64_t bytes) { dev.copy(to, from, size_t(bytes)); }
   // Losses, partials of the norm (each has one rank that is home to its rows, the others hold 0), loads of the experts.
   static void sum_over_ranks(Device&, Model* m) {
     const Comm& world = m->parallel[Group::world];
     static_assert(offsetof(StepStats, z_loss) == 2 * sizeof(double));  // loss, aux_loss and z_loss are neighbours
     world.all_reduce(&m->stats_.data()->loss, 3, "losses");
     world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
-    for (const auto& load : m->load_)
-      if (load && !m->shared_statistics())
+    for (int64_t l = 0; l < m->config.n_layer; ++l) {
+      const auto& load = m->load_[l];
+      if (load && m->stage.has(l) && !m->shared_statistics())
         m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
+      if (load && !m->stage.alone())  // 0 where another stage has the layer
+        m->parallel[Group::pp].all_reduce(load.data(), load.size(), "load of the experts");
+    }
   }
 
   Device& device_;
   Executor<Device> x_;
   std::unique_ptr<Arena<Device>> arena_;
-  std::array<typename Device::Graph, 5> graphs_{};
+  std::vector<typename Device::Graph> graphs_;
   ModelBuffers buffers_;
   Tensor<DeviceStatus> status_;
   Tensor<StepParams> params_;
@@ -612,10 +639,10 @@ class Model {
   Tensor<int64_t> first_partials_;
   std::deque<UpdateTraffic<Device>> traffic_;
   Tensor<Acc> partials_, rope_;
-  Tensor<int32_t> tokens_, targets_, positions_, decode_token_, decode_position_;
-  Tensor<Real> decode_logits_;
-  std::vector<Tensor<int32_t>> load_, replay_, record_;
-  std::vector<int64_t> arrived_rows_;  // of each layer's experts, where they come in passes
+  Tensor<int32_t> positions_, decode_token_, decode_position_;
+  Tensor<Real> decode_logits_, stage_output_, stage_gradient_;
+  std::vector<Slot> slots_;
+  std::vector<Tensor<int32_t>> load_, record_;
   std::vector<Tensor<Acc>> bias_;
   std::vector<Tensor<Real>> k_cache_, v_cache_;
 };

@@ -79,10 +79,10 @@ void write_model(Model<Device>& model, const std::string& dir, const ModelFileIn
     specs.push_back({hf_tensor_name(p.name, type), dtype_of<Real>(), model_files::shape_of(p)});
   std::optional<SafetensorsShardedWriter> file;
   if (model.parallel.lead()) file.emplace(dir, "model", specs);
-  for (int64_t l = 0; file && l < model.config.n_layer; ++l)
+  for (int64_t l = 0; l < model.config.n_layer; ++l)
     if (model.has_bias(l)) {
       auto bias = model.read_bias(l);
-      file->append(model_files::bias_name(l), bias.data(), bias.size() * sizeof(Acc));
+      if (file) file->append(model_files::bias_name(l), bias.data(), bias.size() * sizeof(Acc));
     }
   for (const Parameter& p : model.table.parameters()) {
     auto values = model.read_parameter(p);
@@ -199,6 +199,7 @@ void load_weights(Model<Device>& model, const std::string& dir, const std::strin
   using Acc = typename Device::Acc;
   SafetensorsDir files(dir, "model");
   for (const Parameter& p : model.table.parameters()) {
+    if (p.buffer < 0) continue;  // another rank has it
     auto values =
         model_files::read_tensor<Acc>(files, dir, hf_tensor_name(p.name, model_type), model_files::shape_of(p));
     model.write_parameter(p, values.data());
@@ -217,6 +218,7 @@ void load_optimizer(Model<Device>& model, const std::string& dir) {
   using State = typename Model<Device>::State;
   SafetensorsDir files(dir, "optimizer");
   for (const Parameter& p : model.table.parameters()) {
+    if (p.buffer < 0) continue;
     auto shape = model_files::shape_of(p);
     if (files.find("master." + p.name))
       model.write_parameter(p, model_files::read_tensor<Acc>(files, dir, "master." + p.name, shape).data());

@@ -2,9 +2,9 @@
 #pragma once
 #include "llmc/parameters.h"
 #include "moe/config.h"
-#include "moe/run_options.h"
+#include "moe/pipeline.h"
 
-// Buffers of the table by what they are for; -1: the model has none.
+// Buffers of the table by what they are for; -1: the model has none, or another pipeline stage has it.
 struct ModelBuffers {
   struct Layer {
     int norm1, qkv, o, q_norm = -1, k_norm = -1, norm2;
@@ -14,11 +14,13 @@ struct ModelBuffers {
   std::vector<Layer> layers;
 };
 
-// Fills the table and the plan.
+// Fills the plan with what this rank's stage has, and the table with every tensor, in the same order on all ranks.
 template <class Device>
 ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const ModelConfig& c,
                                 const RunOptions& options) {
   const Parallel& parallel = options.parallel;
+  const Stage stage = stage_of(c, options);
+  bool here = true;  // does this stage have what is declared next?
   ModelBuffers buffers;
   int64_t C = c.d_model, HD = c.head_dim, E = c.n_expert, V = c.vocab_size, Vp = c.padded_vocab();
   bool train = options.train, wide = options.wide_gradients;
@@ -26,6 +28,9 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
   bool wide_experts = wide || expert_rows(c, options, options.B * options.T, parallel.layout.ep).passes() > 1;
   auto dense = [&](const std::vector<int64_t>& pieces, int64_t rows = 0) {
     return parallel.dense(pieces, norm_block_rows, rows);
+  };
+  auto add_buffer = [&](const std::string& name, const Homes& homes, int64_t cols, auto... kind_of_gradient) {
+    return here ? table.add_buffer(plan, name, homes, cols, train, kind_of_gradient...) : -1;
   };
   auto matrix = [&](const std::string& name, int64_t rows, int64_t cols, Init init, int layer, int buffer, RowMap map) {
     Parameter p;
@@ -36,13 +41,13 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
   auto vector = [&](const std::string& name, int64_t cols, int layer) {
     Parameter p;
     p.name = name, p.cols = cols, p.vector = true, p.init = Init::ones, p.layer = layer;
-    p.buffer = table.add_buffer(plan, name, parallel.replicated({1}, norm_block_rows), cols, train, true);
+    p.buffer = add_buffer(name, parallel.replicated({1}, norm_block_rows), cols, true);
     table.add(p);
     return p.buffer;
   };
   // A matrix whose gradient is one product a micro-step. Where that is one a step, it is written and never zeroed.
   auto product = [&](const std::string& name, const Homes& homes, int64_t cols, bool wide) {
-    return table.add_buffer(plan, name, homes, cols, train, wide, false, options.micro_steps == 1);
+    return add_buffer(name, homes, cols, wide, false, options.micro_steps == 1);
   };
   // An MLP of `experts` experts of width F, at home as `homes` says; `prefix(e)` names expert e. A gate row and an up row
   // are updated together.
@@ -59,9 +64,12 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
   auto one = [&](int64_t rows, int64_t unit) { return parallel.dense({rows}, unit, 0); };
   auto many = [&](int64_t rows, int64_t unit) { return parallel.experts(E, rows, unit); };
 
-  buffers.embedding = table.add_buffer(plan, "model.embed_tokens.weight", dense({V}, Vp), C, train, wide, c.tied);
+  here = stage.first() || (c.tied && stage.last());
+  buffers.embedding = add_buffer("model.embed_tokens.weight",
+                                 c.tied ? parallel.ends({V}, norm_block_rows, Vp) : dense({V}, Vp), C, wide, c.tied);
   matrix("model.embed_tokens.weight", V, C, Init::normal, -1, buffers.embedding, {});
   for (int l = 0; l < c.n_layer; ++l) {
+    here = stage.has(l);
     ModelBuffers::Layer b;
     std::string layer = "model.layers." + std::to_string(l) + ".", attention = layer + "self_attn.",
                 moe = layer + "mlp.";
@@ -84,7 +92,7 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
       mlp(
           moe + "dense", 1, c.d_dense, l, wide, one, [&](int64_t) { return moe; }, b.w13, b.w2);
     } else {
-      b.router = table.add_buffer(plan, moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, train, true);
+      b.router = add_buffer(moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, true);
       matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {});
       auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
       mlp(moe + "experts", E, c.d_expert, l, wide_experts, many, expert, b.w13, b.w2);
@@ -94,10 +102,11 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
     buffers.layers.push_back(b);
   }
   plan.set_place(-1, "");
+  here = stage.last();
   buffers.norm = vector("model.norm.weight", C, -1);
   buffers.head = buffers.embedding;
   if (!c.tied) {
-    buffers.head = table.add_buffer(plan, "lm_head.weight", dense({V}, Vp), C, train, true);
+    buffers.head = add_buffer("lm_head.weight", dense({V}, Vp), C, true);
     matrix("lm_head.weight", V, C, Init::normal, -1, buffers.head, {});
   }
   return buffers;

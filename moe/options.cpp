@@ -338,9 +338,8 @@ Options parse_options(int argc, char** argv, int processes) {
 
 void check_processes(const Options& o) {
   o.layout.validate(o.world, o.model);
-  const std::pair<const char*, int> cuts[] = {{"--etp", o.layout.etp}, {"--tp", o.layout.tp}, {"--pp", o.layout.pp}};
-  for (auto [option, n] : cuts)
-    if (n != 1) fail(option, " ", n, ": not possible yet; use --dp and --ep");
+  for (auto [option, n] : {std::pair{"--etp", o.layout.etp}, {"--tp", o.layout.tp}})
+    if (n != 1) fail(option, " ", n, ": not possible yet; use --dp, --ep and --pp");
   const int64_t ep = o.layout.ep;
   if (ep > 1 && o.model.capacity_factor > 0)
     fail("--capacity-factor counts the rows of an expert on one rank; with --ep ", ep, " nothing is dropped");

@@ -29,6 +29,15 @@ struct Parallel {
   Homes dense(const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) const {
     return homes(Group::dp, layout.dp, here.dp, pieces, unit, rows);
   }
+  // Tied embeddings: the same on the dp ranks of the first stage, which have the gradient of the embedding, and of the last,
+  // which have that of the head.
+  Homes ends(const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) const {
+    const bool two = layout.pp > 1;
+    Homes h = homes(two ? Group::ends : Group::dp, layout.dp * (two ? 2 : 1), here.dp + (here.pp ? layout.dp : 0),
+                    pieces, unit, rows);
+    if (two) h.first_hosts = layout.dp;
+    return h;
+  }
   // Those of E experts, of which a rank has its share; `rows` of an expert, of which a rank has all or (slabs of columns,
   // or of gate and up rows) the part of its etp index.
   Homes experts(int64_t E, int64_t rows, int64_t unit) const {
@@ -59,7 +68,8 @@ Parallel open_parallel(World& world, Device& dev, const Layout& layout) {
   p.layout = layout, p.here = place(layout, world.rank()), p.world = &world;
   if (p.alone()) return p;
   std::map<std::vector<std::vector<int>>, Comm> made;  // kinds whose groups are the same share communicators
-  for (Group g : {Group::world, Group::stage, Group::dp, Group::ep}) {
+  for (Group g : {Group::world, Group::stage, Group::dp, Group::pp, Group::ep, Group::ends}) {
+    if (layout.pp == 1 && (g == Group::pp || g == Group::ends)) continue;
     auto [found, is_new] = made.try_emplace(all_groups(layout, g));
     for (const std::vector<int>& ranks : found->first)
       if (Comm comm = is_new ? world.comm(dev, ranks, name_of(g)) : Comm()) found->second = comm;

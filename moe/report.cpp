@@ -38,12 +38,16 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     std::snprintf(line, sizeof line, args...);
     text += line;
   };
+  const Stage stage = stage_of(config, run);
   int64_t N = run.B * run.T;
   const char* other_name = name_of(other_dispatch(run.dispatch));
   add("memory plan: %lld parameters (%lld active), micro-batch %lld x %lld tokens, %lld a step, dispatch %s\n",
       (long long)config.parameters(), (long long)config.active_parameters(), (long long)run.B, (long long)run.T,
       (long long)run.micro_steps, name_of(run.dispatch));
-  for (size_t l = 0; l < ours.layers.size(); ++l) {
+  if (!stage.alone())
+    add("a rank of stage %d of %d: layers %lld to %lld, micro-batches under way: %d\n", stage.index, stage.stages,
+        (long long)stage.begin, (long long)stage.end - 1, stage.slots);
+  for (size_t l = size_t(stage.begin); l < size_t(stage.end); ++l) {
     const auto& layer = ours.layers[l];
     add("layer %zu weights %zu gradients %zu optimizer %zu\n", l, layer.weights, layer.gradients, layer.optimizer);
     add("layer %zu attention saved %zu\n", l, layer.attention_saved);
@@ -59,7 +63,7 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c],
         readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
   add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
-  for (size_t l = 0; l < ours.layers.size(); ++l) {
+  for (size_t l = size_t(stage.begin); l < size_t(stage.end); ++l) {
     if (ours.layers[l].part != "moe") continue;
     if (const int ep = run.parallel.layout.ep; ep > 1) {
       const ExpertRows rows = expert_rows(config, run, N, ep);
@@ -67,10 +71,12 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
           "passes\n",
           (long long)rows.a_pass, run.row_headroom, (long long)(N * config.top_k), (long long)rows.passes());
     }
-    size_t formula = real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
+    size_t formula =
+        size_t(stage.slots) * real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
     const char* name = real_bytes == 2 ? "2NC + 4NKF" : real_bytes == 4 ? "4NC + 8NKF" : "8NC + 16NKF";
+    const std::string times = stage.slots > 1 ? std::to_string(stage.slots) + " x (" + name + ")" : name;
     add("a MoE layer keeps %zu (recompute %s); %s = %zu; %s keeps %zu\n", ours.layers[l].saved,
-        name_of(run.policy(int64_t(l))), name, formula, other_name, other.layers[l].saved);
+        name_of(run.policy(int64_t(l))), times.c_str(), formula, other_name, other.layers[l].saved);
     break;
   }
   return text;

@@ -121,14 +121,17 @@ inline double recomputed_share(const ModelConfig& c, const RunOptions& run) {
   return repeated / (N * training_flops_per_token(c, run.T));
 }
 
-// --recompute auto: sets the cheapest policies that fit, and says which.
+// --recompute auto: sets the cheapest policies that fit, for the layers of this rank's stage (and, in a job that runs, for
+// all others as their ranks do).
 template <class Device>
 void choose_policies(Device& dev, const Options& o, RunOptions& run) {
   if (o.recompute != "auto") return;
   size_t budget = budget_of(dev, o), least = 0;
   if (budget == 0) fail("--recompute auto: this machine does not say how much memory is free; give --memory-budget");
-  auto policies = choose_recompute(o.model.n_layer, budget, [&](const std::vector<Recompute>& p) {
-    run.recompute = p;
+  const Stage stage = stage_of(o.model, run);
+  run.recompute.resize(o.model.n_layer, Recompute::none);
+  auto policies = choose_recompute(stage.end - stage.begin, budget, [&](const std::vector<Recompute>& p) {
+    std::copy(p.begin(), p.end(), run.recompute.begin() + stage.begin);
     size_t bytes = bytes_of(dev, o.model, run);
     least = least ? std::min(least, bytes) : bytes;
     return bytes;
@@ -136,17 +139,36 @@ void choose_policies(Device& dev, const Options& o, RunOptions& run) {
   if (policies.empty())
     fail("--recompute auto: even --recompute block needs ", readable_bytes(double(least)), ", more than the ",
          readable_bytes(double(budget)), " allowed; use a smaller --batch-size or --seq-len");
-  run.recompute = policies;
+  std::copy(policies.begin(), policies.end(), run.recompute.begin() + stage.begin);
   if (!run.parallel.alone() && run.parallel.world)  // what the tightest rank needs: ranks send each other the same
     for (Recompute& p : run.recompute) p = Recompute(run.parallel.host.max(int32_t(p), "recompute policies"));
-  policies = run.recompute;
+}
+
+// What --recompute auto has come to.
+template <class Device>
+void print_policies(Device& dev, const Options& o, const RunOptions& run) {
+  if (o.recompute != "auto") return;
   std::map<std::string, int> count;
-  for (Recompute p : policies) ++count[name_of(p)];
+  for (Recompute p : run.recompute) ++count[name_of(p)];
   std::printf("recompute auto:");
   for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
   std::printf(" (plan %s of %s); predicted cost: %.1f %% more operations\n",
-              readable_bytes(double(bytes_of(dev, o.model, run))).c_str(), readable_bytes(double(budget)).c_str(),
-              100 * recomputed_share(o.model, run));
+              readable_bytes(double(bytes_of(dev, o.model, run))).c_str(),
+              readable_bytes(double(budget_of(dev, o))).c_str(), 100 * recomputed_share(o.model, run));
+}
+
+// For a job that is only planned: its policies, and the first rank of the stage that needs most memory.
+template <class Device>
+void choose_stage(Device& dev, const Options& o, RunOptions& run) {
+  size_t most = 0;
+  Place fullest;
+  for (int stage = 0; stage < o.layout.pp; ++stage) {
+    run.parallel.here = place(o.layout, stage * o.layout.stage_ranks());
+    choose_policies(dev, o, run);
+    const size_t bytes = bytes_of(dev, o.model, run);
+    if (bytes > most) most = bytes, fullest = run.parallel.here;
+  }
+  run.parallel.here = fullest;
 }
 
 // The memory report of a run, beside that of the other dispatch.

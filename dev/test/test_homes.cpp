@@ -58,9 +58,11 @@ std::vector<Pattern> patterns() {
   std::vector<Pattern> all;
   for (Layout layout : {Layout{1, 1, 1, 1, 1}, Layout{2, 1, 1, 1, 1}, Layout{4, 1, 1, 2, 1}, Layout{8, 1, 1, 8, 1},
                         Layout{8, 1, 1, 2, 1}, Layout{3, 1, 1, 3, 1}, Layout{4, 1, 1, 2, 2}, Layout{8, 1, 1, 2, 2},
-                        Layout{2, 2, 1, 1, 4}, Layout{4, 2, 2, 4, 1}, Layout{6, 1, 1, 3, 2}}) {
-    std::string name = "dp " + std::to_string(layout.dp) + " tp " + std::to_string(layout.tp) + " ep " +
-                       std::to_string(layout.ep) + " etp " + std::to_string(layout.etp);
+                        Layout{2, 2, 1, 1, 4}, Layout{4, 2, 2, 4, 1}, Layout{6, 1, 1, 3, 2}, Layout{1, 1, 2, 1, 1},
+                        Layout{3, 1, 4, 1, 1}}) {
+    std::string name = "dp " + std::to_string(layout.dp) + " tp " + std::to_string(layout.tp) + " pp " +
+                       std::to_string(layout.pp) + " ep " + std::to_string(layout.ep) + " etp " +
+                       std::to_string(layout.etp);
     auto add = [&](const std::string& kind, auto make) {
       for (int pp = 0; pp < layout.pp; ++pp) {
         Pattern p{name + ", " + kind, {}};
@@ -75,6 +77,15 @@ std::vector<Pattern> patterns() {
     for (int64_t rows : {1, 40, 200, 1000}) add("all", [&](const Parallel& p) { return p.replicated({rows, 70}, 64); });
     const int64_t E = layout.ep * 4;
     for (int64_t rows : {16, 64, 150}) add("experts", [&](const Parallel& p) { return p.experts(E, rows, 64); });
+    for (int tp = 0; tp < layout.tp; ++tp) {
+      Pattern p{name + ", ends", {}};
+      for (int rank : members(layout, Group::ends, tp)) {
+        Parallel parallel;
+        parallel.layout = layout, parallel.here = place(layout, rank);
+        p.homes.push_back(parallel.ends({257}, 64, 384));
+      }
+      all.push_back(p);
+    }
     // Padding beyond the pieces is at home nowhere.
     if (layout.tp == 1) add("padded", [&](const Parallel& p) { return p.dense({257}, 64, 384); });
   }
@@ -152,6 +163,28 @@ TEST(Homes, ToHomesAndFromHostsAreInverse) {
       EXPECT_EQ(at.gradient_is_mine(), alone && (at.slabs == 1 || home_rows == 0));
     }
   }
+}
+
+// Of tied embeddings the first stage has the gradient of the embedding, the last that of the head.
+TEST(Homes, AtTheEndsOfAPipelineEachHasOneGradient) {
+  Parallel p;
+  p.layout = {2, 1, 3, 1, 1};
+  for (int rank : {0, 1, 4, 5}) {
+    p.here = place(p.layout, rank);
+    const Homes h = p.ends({257}, 64, 384);
+    EXPECT_EQ(h.group, int(Group::ends));
+    EXPECT_EQ(h.rank, rank < 2 ? rank : rank - 2);
+    for (int other = 0; other < 4; ++other) {
+      EXPECT_EQ(h.has_gradient(other), other < 2);
+      EXPECT_EQ(h.has_second_gradient(other), other >= 2);
+    }
+    EXPECT_FALSE(h.gradient_is_mine());
+  }
+  p.layout = {2, 1, 1, 1, 1}, p.here = place(p.layout, 1);
+  const Homes both = p.ends({257}, 64, 384);
+  EXPECT_EQ(both.group, int(Group::dp));
+  EXPECT_TRUE(both.has_gradient(0) && both.has_gradient(1) && both.has_second_gradient(0) &&
+              both.has_second_gradient(1));
 }
 
 TEST(Homes, OfAProcessAlone) {

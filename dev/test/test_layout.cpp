@@ -43,7 +43,7 @@ int size_of(const Layout& l, Group g) {
     case Group::edp:
       return l.edp();
     case Group::ends:
-      return std::min(l.pp, 2);
+      return l.dp * std::min(l.pp, 2);
   }
   return 0;
 }
@@ -81,6 +81,7 @@ TEST(Layout, KnownGroups) {
   EXPECT_EQ(members(l, Group::tp, 5), (std::vector<int>{4, 5}));
   EXPECT_EQ(members(l, Group::dp, 5), (std::vector<int>{1, 3, 5, 7}));
   EXPECT_EQ(members(l, Group::pp, 5), (std::vector<int>{5, 13}));
+  EXPECT_EQ(members(l, Group::ends, 5), (std::vector<int>{1, 3, 5, 7, 9, 11, 13, 15}));
   EXPECT_EQ(members(l, Group::etp, 5), (std::vector<int>{4, 5}));
   EXPECT_EQ(members(l, Group::ep, 5), (std::vector<int>{5, 7}));
   EXPECT_EQ(members(l, Group::edp, 5), (std::vector<int>{1, 5}));

@@ -126,6 +126,22 @@ class ParallelTest(TrainerTest):
         different = [name for name in one if one[name] != other[name] and name not in but]
         self.assertEqual(different, [], f"{file} of {a} and {b}")
 
+    def assert_same_files(self, run, one):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            self.assert_same_tensors(run, one, file)
+            self.assertTrue((self.checkpoint(run) / file).read_bytes() == (self.checkpoint(one) / file).read_bytes(), file)
+
+    def begun(self, job, out):
+        """The job, once it has taken a few steps."""
+        self.addCleanup(job.kill)
+        log, end = self.path(out) / "log.jsonl", time.monotonic() + 60
+        while not log.exists() or log.read_text().count("\n") < 3:
+            if time.monotonic() > end or any(p.poll() is not None for p in job.processes):
+                job.kill()
+                self.fail("the job does not begin: " + job.finish().error)
+            time.sleep(0.02)
+        return job
+
 
 class Layouts(ParallelTest):
     def test_losses(self):
@@ -166,11 +182,6 @@ class Layouts(ParallelTest):
                     one, run = self.alone(*common, out=f"one-{dtype}-{dp}"), self.job(dp, 1, *common, out=f"{dtype}-{dp}", launcher=LAUNCHERS[-1] if dp == 2 else LAUNCHERS[0])
                     self.assert_same_files(run, one)
                     self.assertEqual(self.losses(run), self.losses(one))
-
-    def assert_same_files(self, run, one):
-        for file in ("model.safetensors", "optimizer.safetensors"):
-            self.assert_same_tensors(run, one, file)
-            self.assertTrue((self.checkpoint(run) / file).read_bytes() == (self.checkpoint(one) / file).read_bytes(), file)
 
     def test_the_same_bits_twice(self):
         common = [*BY_ONE_RULE, "--steps", 5]
@@ -315,15 +326,7 @@ class Ends(ParallelTest):
     def start(self, launcher, dp, ep, *more, out):
         """A long run, once it has taken a few steps."""
         args = [*BY_ONE_RULE, "--steps", 100000, *(["--comm-timeout", 10] if "--comm-timeout" not in more else []), *more]
-        job = Job(self.folder, dp, self.arguments(dp, ep, *args, out=out), launcher)
-        self.addCleanup(job.kill)
-        log, end = self.path(out) / "log.jsonl", time.monotonic() + 60
-        while not log.exists() or log.read_text().count("\n") < 3:
-            if time.monotonic() > end or any(p.poll() is not None for p in job.processes):
-                job.kill()
-                self.fail("the job does not begin: " + job.finish().error)
-            time.sleep(0.02)
-        return job
+        return self.begun(Job(self.folder, dp, self.arguments(dp, ep, *args, out=out), launcher), out)
 
     def resumes(self, out, ep=1):
         """What the newest checkpoint holds is complete: fewer ranks go on with it, for two steps."""
