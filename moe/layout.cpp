@@ -29,7 +29,7 @@ bool together(const Layout& layout, Group g, const Place& a, const Place& b) {
     case Group::pp:
       return a.dp == b.dp && a.tp == b.tp;
     case Group::ep:
-      return stage && a.edp == b.edp && a.etp == b.etp;
+      return stage && a.edp == b.edp;
     case Group::etp:
       return stage && a.edp == b.edp && a.ep == b.ep;
     case Group::edp:
@@ -87,7 +87,7 @@ const char* purpose_of(Group g) {
                                       "activations of split layers",
                                       "activations and their gradients, to the neighbour",
                                       "tokens to experts and back",
-                                      "activations of split experts",
+                                      "who has the parts of the same experts",
                                       "who has the same experts",
                                       "tied embeddings"};
   return purposes[int(g)];
