@@ -56,7 +56,6 @@ void Layout::validate(int processes, const ModelConfig& model) const {
   if (pp > model.n_layer) fail("--pp ", pp, " is more than the ", model.n_layer, " layers of the model (--n-layer)");
   if (model.n_head % tp || model.n_kv_head % tp)
     fail("--tp ", tp, " does not divide --n-head ", model.n_head, " and --n-kv-head ", model.n_kv_head);
-  if (model.padded_vocab() % tp) fail("--tp ", tp, " does not divide the padded vocabulary, ", model.padded_vocab());
   for (auto [option, width] : {std::pair{"--d-dense", model.d_dense}, {"--d-shared", model.d_shared}})
     if (width % (int64_t(tp) * swiglu_interleave))
       fail("--tp ", tp, " does not cut ", option, " ", width, " into multiples of ", swiglu_interleave);

@@ -168,6 +168,8 @@ void check_memory(Device& dev, const Options& o, const RunOptions& run) {
   std::string hint;
   for (RunOptions r = run; r.B >= 1 && hint.empty(); r.B /= 2)
     for (Recompute p : {Recompute::act, Recompute::up, Recompute::block}) {
+      const int tp = o.layout.tp;  // which cannot cut any batch (check_processes)
+      if (r.B * r.T % tp || (r.B % tp && tp % r.B)) continue;
       r.recompute.assign(o.model.n_layer, p);
       size_t bytes = bytes_of(dev, o.model, r);
       if (bytes > budget) continue;
