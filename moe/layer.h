@@ -67,11 +67,12 @@ struct DenseMlp {
   }
 };
 
-// Who shares balance statistics with this rank: all of a communicator, or of its tokens cut into `groups` those of the same.
+// With whom this rank shares balance statistics where the router's do (RouterShape::ranks): all of a communicator, or where
+// its ranks are `groups`, one after another, those of its group.
 struct StatisticsRanks {
-  Comm comm;  // none: nobody
+  Comm comm;
   int64_t groups = 1, group = 0;
-  bool counts = true;  // the selections of the group for the load of the experts: one rank of it does
+  bool counts = true;  // the selections of its group into the load of the experts: one rank of a group does
 };
 
 // The tokens that this rank's experts compute with, where experts are spread over ranks (expert_parallel.h).
@@ -134,7 +135,7 @@ struct MoeLayer {
     auto group_prob = x.template tensor<Acc>("group_prob", {router.G, E});
     x.op("router", router_forward<Device>, s.gates, s.top_k_index, s.lse, group_prob, s.group_count, router_scratch(),
          input, wg, bias, replay, router);
-    if (statistics.comm) share_statistics(group_prob, s.group_count);
+    if (router.ranks > 1) share_statistics(group_prob, s.group_count);
     if (!recomputing) {
       auto counted = statistics.counts ? load : x.template tensor<int32_t>("load counted elsewhere", {E});
       x.op("balance loss", balance_loss<Device>, stats, counted, group_prob, s.group_count, s.lse, params, router);

@@ -119,7 +119,7 @@ class Plans(TensorTest):
         for layout in ((1, 2, 1, 1), (2, 2, 2, 2), (1, 4, 1, 2)):
             with self.subTest(layout=layout):
                 cuts = [a for pair in zip(("--dp", "--tp", "--ep", "--etp"), layout) for a in pair]
-                micro = ["--batch-size", 2, "--seq-len", 16]
+                micro = ["--batch-size", 2, "--seq-len", 16, "--balance-scope", "sequence"]
                 plan = self.ok(*MODEL, *micro, *cuts, "--dry-run", "--world", layout[0] * layout[1], "--val-data", "")
                 self.assertIn("dp {} tp {} pp 1; experts edp".format(*layout), plan)
                 run = self.on(*layout, *micro, "--steps", 1, out="-".join(map(str, layout)))
