@@ -137,7 +137,7 @@ struct MoeLayer {
          input, wg, bias, replay, router);
     if (router.ranks > 1) share_statistics(group_prob, s.group_count);
     if (!recomputing) {
-      auto counted = statistics.counts ? load : x.template tensor<int32_t>("load counted elsewhere", {E});
+      auto counted = statistics.counts ? load : Tensor<int32_t>{};
       x.op("balance loss", balance_loss<Device>, stats, counted, group_prob, s.group_count, s.lse, params, router);
       if (record) x.op("record routing", copy_routing, record, s.top_k_index, N * K);
     }

@@ -618,8 +618,9 @@ class Model {
   std::unique_ptr<Arena<Device>> arena_;
   std::array<typename Device::Graph, 5> graphs_{};
   ModelBuffers buffers_;
-  const HeadShape heads_ = config.heads(options.parallel.layout.tp);             // of this rank
-  const VocabularyPart vocabulary_ = vocabulary_part(config, options.parallel);  // likewise
+  const HeadShape heads_ = config.heads(options.parallel.layout.tp);  // of this rank
+  const VocabularyPart vocabulary_ =
+      vocabulary_part(config, options.parallel.layout.tp, options.parallel.here.tp);  // likewise
   Tensor<DeviceStatus> status_;
   Tensor<StepParams> params_;
   Tensor<StepStats> stats_;

@@ -25,7 +25,7 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
   bool train = options.train, wide = options.wide_gradients;
   // Experts whose rows come in several passes add to their gradients more than once.
   bool wide_experts = wide || expert_rows(options.expert_ranks(c), options.row_headroom).passes() > 1;
-  const VocabularyPart ids = vocabulary_part(c, parallel);
+  const VocabularyPart ids = vocabulary_part(c, parallel.layout.tp, parallel.here.tp);
   struct Cut {  // of a matrix: this rank's part of so many
     int parts = 1, part = 0;
   };

@@ -7,16 +7,17 @@
 // each rank the sums of its tokens. Backward, the gradient of the one is the other. What was gathered is not kept:
 // backward gathers it again. One rank: nothing happens.
 #pragma once
+#include <algorithm>
+
 #include "llmc/embedding.h"
 #include "llmc/plan.h"
 #include "llmc/vocabulary.h"
 #include "moe/config.h"
-#include "moe/parallel.h"
 
-// This rank's ids of the vocabulary: ceil(V / tp) of them, the last ranks' fewer.
-inline VocabularyPart vocabulary_part(const ModelConfig& c, const Parallel& parallel) {
-  const int64_t V = c.vocab_size, tp = parallel.layout.tp, share = (V + tp - 1) / tp, first = parallel.here.tp * share;
-  if (tp == 1) return {0, V, c.padded_vocab(), V};
+// The ids of the vocabulary that are a rank's: ceil(V / ranks) of them, the last ranks' fewer.
+inline VocabularyPart vocabulary_part(const ModelConfig& c, int ranks, int rank) {
+  const int64_t V = c.vocab_size, share = (V + ranks - 1) / ranks, first = rank * share;
+  if (ranks == 1) return {0, V, c.padded_vocab(), V};
   return {first, std::clamp<int64_t>(V - first, 0, share), (share + 64) / 64 * 64, V};
 }
 
@@ -27,7 +28,7 @@ struct TensorRanks {
   Executor<Device>& x;
   int64_t n, C;  // tokens of a rank, width of the residual stream
   int ranks = 1, rank = 0;
-  Comm comm;
+  Comm comm = {};
 
   int64_t N() const { return ranks * n; }
 

@@ -10,11 +10,7 @@ inline std::vector<VocabularyPart> parts_of(int64_t V, int ranks) {
   std::vector<VocabularyPart> parts;
   ModelConfig config;
   config.vocab_size = V;
-  for (int r = 0; r < ranks; ++r) {
-    Parallel parallel;
-    parallel.layout.tp = ranks, parallel.here.tp = r;
-    parts.push_back(vocabulary_part(config, parallel));
-  }
+  for (int r = 0; r < ranks; ++r) parts.push_back(vocabulary_part(config, ranks, r));
   return parts;
 }
 
