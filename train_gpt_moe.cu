@@ -208,7 +208,7 @@ class Trainer {
     p.step = step_ + 1;
     p.learning_rate = learning_rate(schedule_, step_);
     p.loss_scale = 1.0 / double(o_.total_batch_tokens);
-    p.micro_step_scale = 1.0 / double(o_.micro_steps() * o_.layout.dp);
+    p.micro_step_scale = 1.0 / double(o_.micro_steps() * o_.layout.stage_ranks());
     if (pending_.empty()) step_began_ = Clock::now();
     model_.set_params(p);
     model_.start_step();

@@ -5,9 +5,10 @@
 
 struct StepParams {
   double learning_rate = 0;
-  int64_t step = 0;             // 1 for the first update: AdamW's bias correction
-  double loss_scale = 1;        // 1 / tokens of the global batch
-  double micro_step_scale = 1;  // 1 / micro-steps of the global batch: balance and z losses are averaged over them
+  int64_t step = 0;       // 1 for the first update: AdamW's bias correction
+  double loss_scale = 1;  // 1 / tokens of the global batch
+  // 1 / micro-steps of the global batch, of every rank by itself: balance and z losses are averaged over them.
+  double micro_step_scale = 1;
 };
 
 struct StepStats {

@@ -28,7 +28,7 @@ struct ModelConfig {
 
   bool operator==(const ModelConfig&) const = default;
   bool is_dense(int64_t layer) const;
-  HeadShape heads() const { return {n_head, n_kv_head, head_dim}; }
+  HeadShape heads(int ranks = 1) const { return {n_head / ranks, n_kv_head / ranks, head_dim}; }  // of one of so many
   // Rows of the embedding and head buffers: V rounded up to 64.
   int64_t padded_vocab() const { return (vocab_size + 63) / 64 * 64; }
   // Most rows an expert keeps of a micro-batch of N tokens: ceil(c*N*K/E); 0: no limit.

@@ -7,10 +7,9 @@ void expert_destinations(Device&, int32_t* destination, const int32_t* top_k_ind
   for (int64_t t = 0; t < r.M(); ++t) {
     int32_t* to = destination + t * r.ranks;
     std::fill_n(to, r.ranks, -1);
-    for (int64_t k = 0; k < r.K; ++k) {
-      const int64_t e = top_k_index[t * r.K + k];
-      if (e >= 0 && e < r.E) to[e / r.experts()] = int32_t(e / r.experts());
-    }
+    for (int64_t k = 0; k < r.K; ++k)
+      for (int d = 0; d < r.ranks; ++d)
+        if (r.has(d, top_k_index[t * r.K + k])) to[d] = d;
   }
 }
 
@@ -22,9 +21,8 @@ void expert_arrivals(Device&, int32_t* index, typename Device::Acc* gates, const
   for (int64_t i = 0; i < r.M(); ++i)
     for (int64_t k = 0; k < r.K; ++k) {
       const int64_t slot = i < n ? row_slot[first + i] / r.ranks * r.K + k : 0;
-      const int64_t e = top_k_index[slot] - r.rank * r.experts();
-      const bool here = i < n && e >= 0 && e < r.experts();
-      index[i * r.K + k] = here ? int32_t(e) : -1;
+      const bool here = i < n && r.has(r.rank, top_k_index[slot]);
+      index[i * r.K + k] = here ? int32_t(top_k_index[slot] - r.first_expert(r.rank)) : -1;
       gates[i * r.K + k] = here ? all_gates[slot] : 0;
     }
 }
@@ -61,9 +59,11 @@ void expert_gate_gradients(Device&, typename Device::Acc* dgates, const typename
                            const int32_t* position, const int32_t* top_k_index, ExpertRanks r) {
   for (int64_t t = 0; t < r.N; ++t)
     for (int64_t k = 0; k < r.K; ++k) {
-      const int64_t e = top_k_index[t * r.K + k];
-      const int64_t at = e >= 0 && e < r.E ? position[t * r.ranks + e / r.experts()] : -1;
-      dgates[t * r.K + k] = at < 0 ? 0 : returned[at * r.K + k];
+      typename Device::Acc sum = 0;
+      for (int d = 0; d < r.ranks; ++d)
+        if (const int64_t at = position[t * r.ranks + d]; at >= 0 && r.has(d, top_k_index[t * r.K + k]))
+          sum += returned[at * r.K + k];
+      dgates[t * r.K + k] = sum;
     }
 }
 

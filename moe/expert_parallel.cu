@@ -11,26 +11,22 @@ __device__ int64_t thread_number() { return int64_t(blockIdx.x) * threads + thre
 
 __global__ void __launch_bounds__(threads)
     destinations(int32_t* destination, const int32_t* top_k_index, ExpertRanks r) {
-  const int64_t i = thread_number(), t = i / r.ranks, d = i % r.ranks, experts = r.E / r.ranks;
+  const int64_t i = thread_number(), t = i / r.ranks, d = i % r.ranks;
   if (t >= r.ranks * r.N) return;
   bool goes = false;
-  for (int64_t k = 0; k < r.K; ++k) {
-    const int64_t e = top_k_index[t * r.K + k];
-    goes |= e >= d * experts && e < (d + 1) * experts;
-  }
+  for (int64_t k = 0; k < r.K; ++k) goes |= r.has(d, top_k_index[t * r.K + k]);
   destination[i] = goes ? int32_t(d) : -1;
 }
 
 __global__ void __launch_bounds__(threads)
     arrivals(int32_t* index, float* gates, const int32_t* offsets, const int32_t* row_slot, const int32_t* top_k_index,
              const float* all_gates, ExpertRanks r) {
-  const int64_t at = thread_number(), i = at / r.K, k = at % r.K, experts = r.E / r.ranks;
+  const int64_t at = thread_number(), i = at / r.K, k = at % r.K;
   if (i >= r.ranks * r.N) return;
   const int64_t first = offsets[r.rank], n = offsets[r.rank + 1] - first;
   const int64_t slot = i < n ? row_slot[first + i] / r.ranks * r.K + k : 0;
-  const int64_t e = top_k_index[slot] - r.rank * experts;
-  const bool here = i < n && e >= 0 && e < experts;
-  index[at] = here ? int32_t(e) : -1;
+  const bool here = i < n && r.has(r.rank, top_k_index[slot]);
+  index[at] = here ? int32_t(top_k_index[slot] - r.first_expert(r.rank)) : -1;
   gates[at] = here ? all_gates[slot] : 0;
 }
 
@@ -77,8 +73,11 @@ __global__ void __launch_bounds__(threads) gate_gradients(float* dgates, const f
   const int64_t i = thread_number(), t = i / r.K, k = i % r.K;
   if (t >= r.N) return;
   const int64_t e = top_k_index[i];
-  const int64_t at = e >= 0 && e < r.E ? position[t * r.ranks + e / (r.E / r.ranks)] : -1;
-  dgates[i] = at < 0 ? 0 : returned[at * r.K + k];
+  float sum = 0;
+  if (e >= 0 && e < r.E)
+    for (int64_t host = e / r.experts() * r.parts, d = host; d < host + r.parts; ++d)
+      if (const int64_t at = position[t * r.ranks + d]; at >= 0) sum += returned[at * r.K + k];
+  dgates[i] = sum;
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Expert parallelism: a rank has E/ep of the experts, and computes with every token of its ep group that chose one of them.
+// Expert parallelism: a rank has E/ep of the experts, or of each of these the etp-th part of its width, and computes with
+// every token of its group of ep * etp ranks that chose one of them.
 //
 // The ranks gather all choices, so that each makes the same plan of who sends what: the tokens of rank s that have an
 // expert on rank d go there once, however many of its experts they chose, in the order of the tokens. What arrived is a
@@ -6,7 +7,9 @@
 // (dispatch.h, experts.h), rows in the order (expert, source rank, token). Back goes one row a token and rank: the sum of
 // its experts' rows there, gates included; the token's own rank adds these up in the order of the ranks.
 //
-// M = ep * N tokens of the group, numbered rank * N + token.
+// The parts of an expert are on neighbouring ranks. A token goes to all of them, and their sums are parts of its sum.
+//
+// M = ep * etp * N tokens of the group, numbered rank * N + token.
 #pragma once
 #include "llmc/comm.h"
 #include "llmc/plan.h"
@@ -16,8 +19,12 @@
 struct ExpertRanks {
   int ranks = 1, rank = 0;
   int64_t N, K, E;  // tokens of a rank, choices of a token, experts in all
-  int64_t M() const { return ranks * N; }
-  int64_t experts() const { return E / ranks; }  // of a rank
+  int parts = 1;    // of an expert; divides ranks
+  HOST_DEVICE int64_t M() const { return ranks * N; }
+  HOST_DEVICE int64_t experts() const { return E / (ranks / parts); }  // of a rank, whole or in parts
+  HOST_DEVICE int64_t first_expert(int64_t r) const { return r / parts * experts(); }
+  HOST_DEVICE bool has(int64_t r, int64_t e) const { return e >= first_expert(r) && e < first_expert(r) + experts(); }
+  int64_t share() const { return parts * N * K; }  // rows of a rank's experts, in the mean
 };
 
 // destination (M, ranks): d where the token chose an expert of rank d, else -1. dispatch_plan() of it (E = K = ranks) is the
@@ -44,7 +51,7 @@ template <class Device>
 void expert_pack(Device& dev, typename Device::Real* packed, const typename Device::Real* x, const int32_t* position,
                  int64_t C, ExpertRanks r);
 
-// dgates (N,K) = that of the rank which has the expert, from `returned` (., K) in the order of what was sent; 0 for a slot
+// dgates (N,K) = that of the rank which has the expert, or the sum over its parts, in order, from `returned` (., K) in the order of what was sent; 0 for a slot
 // that a rank dropped.
 template <class Device>
 void expert_gate_gradients(Device& dev, typename Device::Acc* dgates, const typename Device::Acc* returned,

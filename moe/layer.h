@@ -10,20 +10,24 @@
 #include "moe/expert_mlp.h"
 #include "moe/expert_parallel.h"
 #include "moe/router.h"
+#include "moe/tensor_parallel.h"
 
-// A dense SwiGLU MLP of width F: the shared expert, and the layers that have no experts.
+// A dense SwiGLU MLP: the shared expert, and the layers that have no experts. Each rank has the part F of its width.
 template <class Device>
 struct DenseMlp {
   using Real = typename Device::Real;
   Executor<Device>& x;
   MlpWeights<Device> weights;
-  int64_t N, C, F;
+  TensorRanks<Device> ranks;
+  int64_t F;
   Recompute policy;
+  const int64_t N = ranks.N(), C = ranks.C;
 
   Tensor<char> scratch() {
     return x.template tensor<char>("mlp.scratch", {int64_t(matmul_scratch_bytes<Device>(N, C, 2 * F))});
   }
 
+  // input: of all ranks.
   void up(MlpSaved<Device>& s, Tensor<Real> input, Category keep) {
     s.h = x.template tensor<Real>("mlp.h", {N, 2 * F}, policy <= Recompute::act ? keep : Category::workspace);
     s.a = x.template tensor<Real>("mlp.a", {N, F}, policy == Recompute::none ? keep : Category::workspace);
@@ -31,17 +35,18 @@ struct DenseMlp {
     x.op("mlp swiglu", swiglu_forward<Device>, s.a, s.h, N, F);
   }
 
-  // Returns the output (N,C); skip_down: only what backward needs.
+  // Returns the output, as the input of this rank's tokens; skip_down: only what backward needs.
   Tensor<Real> forward(MlpSaved<Device>& s, Tensor<Real> input, Category keep, bool skip_down) {
-    up(s, input, keep);
+    up(s, ranks.gather("all mlp.x", input), keep);
     if (skip_down) return {};
     auto y = x.template tensor<Real>("mlp.y", {N, C});
     x.op("mlp down", matmul_forward<Device>, y, scratch(), s.a, weights.w2, N, F, C);
-    return y;
+    return ranks.sum("own mlp.y", y);
   }
 
-  // Returns dinput (N,C).
+  // Returns dinput, likewise.
   Tensor<Real> backward(MlpSaved<Device> s, Tensor<Real> input, Tensor<Real> dout) {
+    input = ranks.gather("all mlp.x", input), dout = ranks.gather("all mlp.dy", dout);
     if (policy == Recompute::up) {
       Recomputing again(x);
       up(s, input, Category::workspace);
@@ -58,8 +63,16 @@ struct DenseMlp {
     x.op("mlp swiglu backward", swiglu_backward<Device>, dh, da, s.h, N, F);
     x.op("mlp up dW", matmul_backward_weight<Device>, weights.dw13, scratch(), dh, input, N, C, 2 * F);
     x.op("mlp up dX", matmul_backward_input<Device>, dinput, scratch(), dh, weights.w13, N, C, 2 * F);
-    return dinput;
+    return ranks.sum("own mlp.dx", dinput);
   }
+};
+
+// With whom this rank shares balance statistics where the router's do (RouterShape::ranks): all of a communicator, or where
+// its ranks are `groups`, one after another, those of its group.
+struct StatisticsRanks {
+  Comm comm;
+  int64_t groups = 1, group = 0;
+  bool counts = true;  // the selections of its group into the load of the experts: one rank of a group does
 };
 
 // The tokens that this rank's experts compute with, where experts are spread over ranks (expert_parallel.h).
@@ -92,19 +105,20 @@ struct MoeLayer {
   GradTensor<Device> dwg;
   Tensor<Acc> bias;                   // (E), sigmoid gate only
   MlpWeights<Device> shared_weights;  // null tensors: no shared expert
-  int64_t d_shared;
-  Tensor<int32_t> load;            // (E) selections of the step
-  Tensor<int32_t> replay, record;  // (N,K) or null
+  TensorRanks<Device> tensor_ranks;   // that share it
+  int64_t d_shared;                   // this rank's part of its width
+  Tensor<int32_t> load;               // (E) selections of the step
+  Tensor<int32_t> replay, record;     // (N,K) or null
   Tensor<StepStats> stats;
   Tensor<StepParams> params;
   ExpertRanks ranks;  // that share the experts
   Comm expert_ranks;
-  Comm statistics_ranks;  // that share balance statistics; none: only this
+  StatisticsRanks statistics;
 
   Tensor<char> router_scratch() {
     return x.template tensor<char>("router.scratch", {int64_t(router_scratch_bytes<Device>(router))});
   }
-  DenseMlp<Device> shared() { return {x, shared_weights, router.N, router.C, d_shared, experts.policy}; }
+  DenseMlp<Device> shared() { return {x, shared_weights, tensor_ranks, d_shared, experts.policy}; }
   bool spread() const { return ranks.ranks > 1; }
 
   // out (N,C) = residual + experts(input) + shared expert(input). recomputing: the second run of policy `block`, which
@@ -121,10 +135,10 @@ struct MoeLayer {
     auto group_prob = x.template tensor<Acc>("group_prob", {router.G, E});
     x.op("router", router_forward<Device>, s.gates, s.top_k_index, s.lse, group_prob, s.group_count, router_scratch(),
          input, wg, bias, replay, router);
-    if (statistics_ranks)
-      x.op("sum statistics", sum_statistics, statistics_ranks, group_prob, s.group_count, router.G * E);
+    if (router.ranks > 1) share_statistics(group_prob, s.group_count);
     if (!recomputing) {
-      x.op("balance loss", balance_loss<Device>, stats, load, group_prob, s.group_count, s.lse, params, router);
+      auto counted = statistics.counts ? load : Tensor<int32_t>{};
+      x.op("balance loss", balance_loss<Device>, stats, counted, group_prob, s.group_count, s.lse, params, router);
       if (record) x.op("record routing", copy_routing, record, s.top_k_index, N * K);
     }
     auto choices = spread() ? arrive(s, metadata) : s.top_k_index;
@@ -238,9 +252,21 @@ struct MoeLayer {
          router.C);
   }
 
-  static void sum_statistics(Device&, const Comm& comm, Acc* group_prob, int32_t* group_count, int64_t n) {
-    comm.all_reduce(group_prob, n, "balance statistics");
-    comm.all_reduce(group_count, n, "balance statistics");
+  // Statistics of one group of tokens go through a table of all groups.
+  void share_statistics(Tensor<Acc> prob, Tensor<int32_t> count) {
+    const int64_t n = router.G * router.E, groups = statistics.groups;
+    auto all_prob = groups > 1 ? x.template tensor<Acc>("all group_prob", {groups, n}) : prob;
+    auto all_count = groups > 1 ? x.template tensor<int32_t>("all group_count", {groups, n}) : count;
+    x.op("sum statistics", sum_statistics<Acc>, statistics.comm, all_prob, prob, n, groups, statistics.group);
+    x.op("sum statistics", sum_statistics<int32_t>, statistics.comm, all_count, count, n, groups, statistics.group);
+  }
+  template <class T>
+  static void sum_statistics(Device& dev, const Comm& comm, T* all, T* own, int64_t n, int64_t groups, int64_t group) {
+    T* row = all + group * n;
+    const size_t bytes = size_t(n) * sizeof(T);
+    if (groups > 1) dev.zero(all, size_t(groups) * bytes), dev.copy(row, own, bytes);
+    comm.all_reduce(all, groups * n, "balance statistics");
+    if (groups > 1) dev.copy(own, row, bytes);
   }
   static void gather_choices(Device&, const Comm& comm, int32_t* all_choices, Acc* all_gates, const int32_t* choices,
                              const Acc* gates, int64_t n) {

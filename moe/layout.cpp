@@ -29,7 +29,7 @@ bool together(const Layout& layout, Group g, const Place& a, const Place& b) {
     case Group::pp:
       return a.dp == b.dp && a.tp == b.tp;
     case Group::ep:
-      return stage && a.edp == b.edp && a.etp == b.etp;
+      return stage && a.edp == b.edp;
     case Group::etp:
       return stage && a.edp == b.edp && a.ep == b.ep;
     case Group::edp:
@@ -56,7 +56,6 @@ void Layout::validate(int processes, const ModelConfig& model) const {
   if (pp > model.n_layer) fail("--pp ", pp, " is more than the ", model.n_layer, " layers of the model (--n-layer)");
   if (model.n_head % tp || model.n_kv_head % tp)
     fail("--tp ", tp, " does not divide --n-head ", model.n_head, " and --n-kv-head ", model.n_kv_head);
-  if (model.padded_vocab() % tp) fail("--tp ", tp, " does not divide the padded vocabulary, ", model.padded_vocab());
   for (auto [option, width] : {std::pair{"--d-dense", model.d_dense}, {"--d-shared", model.d_shared}})
     if (width % (int64_t(tp) * swiglu_interleave))
       fail("--tp ", tp, " does not cut ", option, " ", width, " into multiples of ", swiglu_interleave);
@@ -87,7 +86,7 @@ const char* purpose_of(Group g) {
                                       "activations of split layers",
                                       "activations and their gradients, to the neighbour",
                                       "tokens to experts and back",
-                                      "activations of split experts",
+                                      "who has the parts of the same experts",
                                       "who has the same experts",
                                       "tied embeddings"};
   return purposes[int(g)];

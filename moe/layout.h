@@ -5,7 +5,8 @@
 //                                       rank in the stage = (edp_index * ep + ep_index) * etp + etp_index
 //
 // dp: data (batch rows); tp: heads, dense width and vocabulary; pp: layers, in order; ep: experts; etp: the width of
-// an expert; edp = dp * tp / (ep * etp): how many copies of each expert there are.
+// an expert; edp = dp * tp / (ep * etp): how many copies of each expert there are. The group `ep` has all experts in all
+// their parts: ep * etp ranks.
 #pragma once
 #include <string>
 #include <utility>

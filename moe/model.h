@@ -134,7 +134,7 @@ class Model {
   }
   void update() { run(program_update, &Model::update_ops); }
   // A micro-step of a pipeline stage, in two parts (pipeline.h); slot: of the micro-batch. What comes from its neighbours and
-  // goes to them, (N,C): the residual stream into the stage and out of it; the gradient of the latter, which backward makes
+  // goes to them, (n,C): the residual stream into the stage and out of it; the gradient of the latter, which backward makes
   // that of the former.
   void forward(int slot) { run(program_slots + 2 * slot, &Model::forward_ops, slot); }
   void backward(int slot) { run(program_slots + 2 * slot + 1, &Model::backward_ops, slot); }
@@ -201,14 +201,16 @@ class Model {
     if (!load.empty()) device_.to_host(load.data(), load_[layer], load.size() * sizeof(int32_t));
     return load;
   }
-  // top_k_index (N,K) of the last micro-step (record_routing), or the one to use in the next (replay_routing).
+  // top_k_index of the last micro-step (record_routing) for this rank's tokens, or (N,K) to use in the next
+  // (replay_routing) for all.
   std::vector<int32_t> read_routing(int64_t layer) {
-    std::vector<int32_t> index(N() * config.top_k);
+    std::vector<int32_t> index(options.tokens() * config.top_k);
     device_.to_host(index.data(), record_[layer], index.size() * sizeof(int32_t));
     return index;
   }
   void set_replay(int64_t layer, const int32_t* index, int slot = 0) {
-    device_.to_device(slots_[slot].replay[layer], index, size_t(N() * config.top_k) * sizeof(int32_t));
+    const int64_t n = options.tokens() * config.top_k;
+    device_.to_device(slots_[slot].replay[layer], index + parallel.here.tp * n, size_t(n) * sizeof(int32_t));
   }
 
  private:
@@ -255,7 +257,7 @@ class Model {
   }
   int64_t positions_held() const { return std::max(options.T, options.decode_positions); }
   int64_t classifier_chunk(int64_t N) const {
-    int64_t rows = Device::classifier_bytes / (config.padded_vocab() * int64_t(sizeof(Real)));
+    int64_t rows = Device::classifier_bytes / (vocabulary_.padded * int64_t(sizeof(Real)));
     return std::min(N, std::max<int64_t>(256, rows / 64 * 64));
   }
 
@@ -270,10 +272,11 @@ class Model {
       slot.tokens = plan.template persistent<int32_t>("tokens", {N()}, Category::workspace);
       slot.targets = plan.template persistent<int32_t>("targets", {N()}, Category::workspace);
       slot.replay.resize(c.n_layer), slot.arrived_rows.resize(c.n_layer);
-      if (!stage.first()) slot.input = plan.template persistent<Real>("input", {N(), c.d_model}, Category::saved);
+      if (!stage.first())
+        slot.input = plan.template persistent<Real>("input", {options.tokens(), c.d_model}, Category::saved);
     }
     auto passed = [&](const char* name) {
-      return plan.template persistent<Real>(name, {N(), c.d_model}, Category::workspace);
+      return plan.template persistent<Real>(name, {options.tokens(), c.d_model}, Category::workspace);
     };
     if (!stage.last()) stage_output_ = passed("output");
     if (!stage.alone() && options.train) stage_gradient_ = passed("gradient");
@@ -289,9 +292,10 @@ class Model {
         if (has_bias(l)) bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
         for (Slot& slot : slots_)
           if (options.replay_routing)
-            slot.replay[l] = plan.template persistent<int32_t>("replay", {N(), c.top_k}, Category::workspace);
+            slot.replay[l] =
+                plan.template persistent<int32_t>("replay", {options.tokens(), c.top_k}, Category::workspace);
         if (options.record_routing)
-          record_[l] = plan.template persistent<int32_t>("record", {N(), c.top_k}, Category::workspace);
+          record_[l] = plan.template persistent<int32_t>("record", {options.tokens(), c.top_k}, Category::workspace);
       }
       if (options.decode_positions) {
         plan.set_place(l, "attention");
@@ -316,18 +320,36 @@ class Model {
   }
 
   // ---- the network ----
+  TensorRanks<Device> tensor_ranks(const Pass& pass) {
+    const int tp = parallel.layout.tp;
+    return {x_, pass.N() / tp, config.d_model, tp, parallel.here.tp, parallel[Group::tp]};
+  }
+  // How this rank's tokens are grouped for balance statistics, and with whom it shares them.
+  StatisticsRanks statistics_ranks(const Pass& pass, RouterShape& router) const {
+    const int tp = parallel.layout.tp;
+    const bool shares = pass.training && config.balance == Balance::aux;
+    router.N /= tp;
+    if (config.balance_scope == BalanceScope::microbatch) {
+      if (!shares || !shared_statistics()) return {};
+      router.ranks = parallel.layout.stage_ranks();
+      return {parallel[Group::stage]};
+    }
+    router.G = std::max<int64_t>(1, pass.B / tp);
+    if (!shares || pass.B % tp == 0) return {};
+    router.ranks = tp / pass.B;  // a sequence is on several ranks
+    return {parallel[Group::tp], pass.B, parallel.here.tp / router.ranks, parallel.here.tp % router.ranks == 0};
+  }
   MoeLayer<Device> moe_layer(int l, const Pass& pass) {
     const auto& b = buffers_.layers[l];
     bool full = !pass.decoding;
-    ExpertRanks ranks{full ? parallel.layout.ep : 1, full ? parallel.here.ep : 0, pass.N(), config.top_k,
-                      config.n_expert};
+    ExpertRanks ranks = options.expert_ranks(config);
+    ranks.N = pass.N() / parallel.layout.tp;
     RouterShape router = config.router(pass.B, pass.T);
-    Comm statistics_ranks;
-    if (full && pass.training && shared_statistics())
-      router.ranks = parallel.layout.stage_ranks(), statistics_ranks = parallel[Group::stage];
-    ExpertShape experts = config.experts(pass.N());
-    const ExpertRows rows = expert_rows(config, options, pass.N(), ranks.ranks);
+    const StatisticsRanks statistics = statistics_ranks(pass, router);
+    ExpertShape experts = config.experts(ranks.N);
+    const ExpertRows rows = expert_rows(ranks, options.row_headroom);
     experts.R = rows.a_pass, experts.E = ranks.experts(), experts.slots = ranks.M() * config.top_k;
+    experts.F /= parallel.layout.etp;
     return {x_,
             router,
             {x_,
@@ -343,7 +365,8 @@ class Model {
             grad(b.router),
             bias_[l],
             {weight(b.shared13), weight(b.shared2), product_grad(b.shared13), product_grad(b.shared2)},
-            config.d_shared,
+            tensor_ranks(pass),
+            config.d_shared / parallel.layout.tp,
             load_[l],
             full && pass.training ? pass.slot.replay[l] : Tensor<int32_t>{},
             full && pass.training ? record_[l] : Tensor<int32_t>{},
@@ -351,15 +374,14 @@ class Model {
             params_,
             ranks,
             parallel[Group::ep],
-            statistics_ranks};
+            statistics};
   }
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
     const auto& b = buffers_.layers[l];
     return {x_,
             {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
-            pass.N(),
-            config.d_model,
-            config.d_dense,
+            tensor_ranks(pass),
+            config.d_dense / parallel.layout.tp,
             options.policy(l)};
   }
   Tensor<char> product_scratch(int64_t N, int64_t IC, int64_t OC) {
@@ -367,9 +389,9 @@ class Model {
   }
   // qkv -> rotated queries and keys (N, (NH+NKV)*HD)
   Tensor<Real> rotate(int l, const Pass& pass, LayerSaved& s) {
-    auto qk = x_.template tensor<Real>("qk", {pass.N(), config.heads().qk_width()});
+    auto qk = x_.template tensor<Real>("qk", {pass.N(), heads_.qk_width()});
     x_.op("qk-norm, rope", qknorm_rope_forward<Device>, qk, s.qk_rstd, s.qkv, weight(buffers_.layers[l].q_norm),
-          weight(buffers_.layers[l].k_norm), rope_, pass.positions, pass.N(), config.heads(), config.rms_norm_eps);
+          weight(buffers_.layers[l].k_norm), rope_, pass.positions, pass.N(), heads_, config.rms_norm_eps);
     return qk;
   }
 
@@ -377,13 +399,15 @@ class Model {
   // s.input (policy block); the output is not needed then.
   Tensor<Real> layer_forward(int l, const Pass& pass, LayerSaved& s, bool keep, bool recomputing) {
     const auto& b = buffers_.layers[l];
-    int64_t N = pass.N(), C = config.d_model;
-    HeadShape heads = config.heads();
+    const TensorRanks<Device> ranks = tensor_ranks(pass);
+    int64_t N = pass.N(), n = ranks.n, C = config.d_model;
+    const HeadShape heads = heads_;
     Category saved = keep ? Category::saved : Category::workspace;
     plan.set_place(l, "attention");
-    auto normed = x_.template tensor<Real>("norm1", {N, C});
-    s.rstd1 = x_.template tensor<Acc>("rstd1", {N}, saved);
-    x_.op("norm 1", rmsnorm_forward<Device>, normed, s.rstd1, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
+    auto normed = x_.template tensor<Real>("norm1", {n, C});
+    s.rstd1 = x_.template tensor<Acc>("rstd1", {n}, saved);
+    x_.op("norm 1", rmsnorm_forward<Device>, normed, s.rstd1, s.input, weight(b.norm1), n, C, config.rms_norm_eps);
+    normed = ranks.gather("all norm1", normed);
     s.qkv = x_.template tensor<Real>("qkv", {N, heads.qkv_width()}, saved);
     x_.op("qkv", matmul_forward<Device>, s.qkv, product_scratch(N, C, heads.qkv_width()), normed, weight(b.qkv), N, C,
           heads.qkv_width());
@@ -405,13 +429,14 @@ class Model {
     auto projected = x_.template tensor<Real>("projected", {N, C});
     x_.op("attention out", matmul_forward<Device>, projected, product_scratch(N, heads.q_width(), C), s.o, weight(b.o),
           N, heads.q_width(), C);
-    s.middle = x_.template tensor<Real>("middle", {N, C}, saved);
+    projected = ranks.sum("own projected", projected);
+    s.middle = x_.template tensor<Real>("middle", {n, C}, saved);
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
-    s.x = x_.template tensor<Real>("x", {N, C}, saved);
+    s.x = x_.template tensor<Real>("x", {n, C}, saved);
     plan.set_place(l, "attention");
-    s.rstd2 = x_.template tensor<Acc>("rstd2", {N}, saved);
-    x_.op("norm 2", residual_rmsnorm_forward<Device>, s.middle, s.x, s.rstd2, s.input, projected, weight(b.norm2), N, C,
+    s.rstd2 = x_.template tensor<Acc>("rstd2", {n}, saved);
+    x_.op("norm 2", residual_rmsnorm_forward<Device>, s.middle, s.x, s.rstd2, s.input, projected, weight(b.norm2), n, C,
           config.rms_norm_eps);
 
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
@@ -423,16 +448,17 @@ class Model {
     auto y = dense_mlp(l, pass).forward(s.mlp, s.x, saved, recomputing);
     if (recomputing) return {};
     plan.set_place(l, "attention");
-    auto out = x_.template tensor<Real>("residual", {N, C}, out_category);
-    x_.op("mlp add", residual_add<Device>, out, s.middle, y, N * C);
+    auto out = x_.template tensor<Real>("residual", {n, C}, out_category);
+    x_.op("mlp add", residual_add<Device>, out, s.middle, y, n * C);
     return out;
   }
 
-  // dres (N,C) enters as the gradient of the layer's output and leaves as that of its input.
+  // dres (n,C) enters as the gradient of the layer's output and leaves as that of its input.
   void layer_backward(int l, const Pass& pass, LayerSaved& s, Tensor<Real> dres) {
     const auto& b = buffers_.layers[l];
-    int64_t N = pass.N(), C = config.d_model;
-    HeadShape heads = config.heads();
+    const TensorRanks<Device> ranks = tensor_ranks(pass);
+    int64_t N = pass.N(), n = ranks.n, C = config.d_model;
+    const HeadShape heads = heads_;
     if (options.policy(l) == Recompute::block) {
       Recomputing again(x_);
       layer_forward(l, pass, s, false, true);
@@ -441,14 +467,15 @@ class Model {
     plan.set_place(l, config.is_dense(l) ? "mlp" : "moe");
     auto dx = config.is_dense(l) ? dense_mlp(l, pass).backward(s.mlp, s.x, dres)
                                  : moe_layer(l, pass).backward(s.moe, s.x, dres);
-    norm_backward("norm 2 backward", dres, b.norm2, dx, dres, s.middle, s.rstd2, N);
+    norm_backward("norm 2 backward", dres, b.norm2, dx, dres, s.middle, s.rstd2, n);
 
     plan.set_place(l, "attention");
+    auto dout = ranks.gather("all d residual", dres);
     auto d_o = x_.template tensor<Real>("do", {N, heads.q_width()});
     auto scratch = product_scratch(N, heads.q_width(), C);
-    x_.op("attention out dW", matmul_backward_weight<Device>, product_grad(b.o), scratch, dres, s.o, N, heads.q_width(),
+    x_.op("attention out dW", matmul_backward_weight<Device>, product_grad(b.o), scratch, dout, s.o, N, heads.q_width(),
           C);
-    x_.op("attention out dX", matmul_backward_input<Device>, d_o, scratch, dres, weight(b.o), N, heads.q_width(), C);
+    x_.op("attention out dX", matmul_backward_input<Device>, d_o, scratch, dout, weight(b.o), N, heads.q_width(), C);
     auto qk = rotate(l, pass, s);
     auto dqkv = x_.template tensor<Real>("dqkv", {N, heads.qkv_width()});
     auto attention_scratch = x_.template tensor<char>(
@@ -459,15 +486,17 @@ class Model {
         x_.template tensor<char>("rope.scratch", {int64_t(qknorm_rope_backward_scratch_bytes<Device>(N, heads))});
     x_.op("qk-norm, rope backward", qknorm_rope_backward<Device>, dqkv, grad(b.q_norm), grad(b.k_norm), rope_scratch,
           s.qkv, s.qk_rstd, weight(b.q_norm), weight(b.k_norm), rope_, pass.positions, N, heads);
-    auto normed = x_.template tensor<Real>("norm1", {N, C});
-    auto rstd = x_.template tensor<Acc>("rstd1", {N});
-    x_.op("norm 1 again", rmsnorm_forward<Device>, normed, rstd, s.input, weight(b.norm1), N, C, config.rms_norm_eps);
+    auto normed = x_.template tensor<Real>("norm1", {n, C});
+    auto rstd = x_.template tensor<Acc>("rstd1", {n});
+    x_.op("norm 1 again", rmsnorm_forward<Device>, normed, rstd, s.input, weight(b.norm1), n, C, config.rms_norm_eps);
+    normed = ranks.gather("all norm1", normed);
     scratch = product_scratch(N, C, heads.qkv_width());
     x_.op("qkv dW", matmul_backward_weight<Device>, product_grad(b.qkv), scratch, dqkv, normed, N, C,
           heads.qkv_width());
     auto dnormed = x_.template tensor<Real>("dnorm1", {N, C});
     x_.op("qkv dX", matmul_backward_input<Device>, dnormed, scratch, dqkv, weight(b.qkv), N, C, heads.qkv_width());
-    norm_backward("norm 1 backward", dres, b.norm1, dnormed, dres, s.input, s.rstd1, N);
+    dnormed = ranks.sum("own dnorm1", dnormed);
+    norm_backward("norm 1 backward", dres, b.norm1, dnormed, dres, s.input, s.rstd1, n);
   }
 
   void norm_backward(const char* name, Tensor<Real> dx, int buffer, Tensor<Real> dout, Tensor<Real> dresidual,
@@ -480,14 +509,11 @@ class Model {
 
   // Embedding and layers, those of this stage; returns the residual stream after the last.
   Tensor<Real> trunk(const Pass& pass, std::vector<LayerSaved>& saved) {
-    int64_t N = pass.N(), C = config.d_model;
     plan.set_place(-1, "");
     auto residual = pass.slot.input;
-    if (stage.first()) {
-      residual = x_.template tensor<Real>("residual", {N, C}, pass.training ? Category::saved : Category::workspace);
-      x_.op("embedding", embedding_forward<Device>, residual, pass.tokens, weight(buffers_.embedding), N, C,
-            config.vocab_size);
-    }
+    if (stage.first())
+      residual = tensor_ranks(pass).embedding(pass.tokens, weight(buffers_.embedding), vocabulary_,
+                                              pass.training ? Category::saved : Category::workspace);
     saved.resize(config.n_layer);
     for (int l = int(stage.begin); l < stage.end; ++l) {
       saved[l].input = residual;
@@ -500,33 +526,27 @@ class Model {
 
   // Final norm, head and cross-entropy. Training: returns the gradient of the residual stream.
   Tensor<Real> head(const Pass& pass, Tensor<Real> residual) {
-    int64_t N = pass.N(), C = config.d_model, chunk = classifier_chunk(N);
-    auto normed = x_.template tensor<Real>("final norm", {N, C});
-    auto rstd = x_.template tensor<Acc>("final rstd", {N});
-    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(buffers_.norm), N, C,
+    const TensorRanks<Device> ranks = tensor_ranks(pass);
+    int64_t n = ranks.n, C = config.d_model, elements = vocabulary_.padded * C;
+    auto normed = x_.template tensor<Real>("final norm", {n, C});
+    auto rstd = x_.template tensor<Acc>("final rstd", {n});
+    x_.op("final norm", rmsnorm_forward<Device>, normed, rstd, residual, weight(buffers_.norm), n, C,
           config.rms_norm_eps);
-    auto losses = x_.template tensor<Acc>("losses", {N});
-    auto scratch = x_.template tensor<char>(
-        "classifier.scratch", {int64_t(classifier_scratch_bytes<Device>(C, config.padded_vocab(), chunk))});
-    Tensor<Real> dnormed;
     Tensor<Acc> dweight, dhead;
     if (pass.training) {
-      dnormed = x_.template tensor<Real>("d final norm", {N, C});
       const auto& b = table.buffer(buffers_.head);
       dhead = dweight = config.tied ? b.second_grad.wide : b.grad.wide;
       if (options.micro_steps > 1) {  // a micro-batch's contribution is finished before it is added
-        dweight = x_.template tensor<Acc>("head gradient", {config.padded_vocab(), C});
-        x_.op("zero head gradient", zero, dweight, int64_t(config.padded_vocab() * C * sizeof(Acc)));
+        dweight = x_.template tensor<Acc>("head gradient", {vocabulary_.padded, C});
+        x_.op("zero head gradient", zero, dweight, elements * int64_t(sizeof(Acc)));
       }
     }
-    x_.op("classifier", classifier<Device>, losses, dnormed, dweight, scratch, normed, weight(buffers_.head),
-          pass.slot.targets, params_, N, C, config.vocab_size, config.padded_vocab(), chunk);
-    x_.op("loss", loss_sum<Device>, stats_, losses, params_, N);
+    auto dnormed = ranks.classifier(stats_, dweight, normed, weight(buffers_.head), pass.slot.targets, params_,
+                                    vocabulary_, classifier_chunk(pass.N()));
     if (!pass.training) return {};
-    if (dweight.info != dhead.info)
-      x_.op("add head gradient", add_to<Device>, dhead, dweight, config.padded_vocab() * C);
-    auto dres = stage_gradient_ ? stage_gradient_ : x_.template tensor<Real>("d residual", {N, C});
-    norm_backward("final norm backward", dres, buffers_.norm, dnormed, {}, residual, rstd, N);
+    if (dweight.info != dhead.info) x_.op("add head gradient", add_to<Device>, dhead, dweight, elements);
+    auto dres = stage_gradient_ ? stage_gradient_ : x_.template tensor<Real>("d residual", {n, C});
+    norm_backward("final norm backward", dres, buffers_.norm, dnormed, {}, residual, rstd, n);
     return dres;
   }
 
@@ -558,12 +578,7 @@ class Model {
     auto dres = stage.last() ? head(pass, pass.slot.residual) : stage_gradient_;
     for (int l = int(stage.end) - 1; l >= stage.begin; --l) layer_backward(l, pass, pass.slot.saved[l], dres);
     plan.set_place(-1, "");
-    if (!stage.first()) return;
-    auto scratch = x_.template tensor<char>(
-        "embedding.scratch",
-        {int64_t(embedding_backward_scratch_bytes<Device>(N(), config.d_model, config.vocab_size))});
-    x_.op("embedding backward", embedding_backward<Device>, grad(buffers_.embedding), scratch, pass.tokens, dres, N(),
-          config.d_model, config.vocab_size);
+    if (stage.first()) tensor_ranks(pass).embedding_backward(grad(buffers_.embedding), pass.tokens, dres, vocabulary_);
   }
 
   void update_ops() {
@@ -630,6 +645,9 @@ class Model {
   std::unique_ptr<Arena<Device>> arena_;
   std::vector<typename Device::Graph> graphs_;
   ModelBuffers buffers_;
+  const HeadShape heads_ = config.heads(options.parallel.layout.tp);  // of this rank
+  const VocabularyPart vocabulary_ =
+      vocabulary_part(config, options.parallel.layout.tp, options.parallel.here.tp);  // likewise
   Tensor<DeviceStatus> status_;
   Tensor<StepParams> params_;
   Tensor<StepStats> stats_;

@@ -7,8 +7,8 @@ template <class Device>
 struct LayerSaved {
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
-  Tensor<Real> input;                 // (N,C) residual stream entering the layer
-  Tensor<Acc> rstd1, rstd2, qk_rstd;  // (N), (N), (N, NH+NKV)
+  Tensor<Real> input;                 // (n,C) residual stream entering the layer, of this rank's n tokens
+  Tensor<Acc> rstd1, rstd2, qk_rstd;  // (n), (n), (N, NH+NKV)
   Tensor<Real> qkv, o, middle, x;     // middle: residual after attention; x: normalised input of the MoE layer
   Tensor<Acc> lse;                    // (N, NH)
   MoeSaved<Device> moe;
@@ -20,7 +20,7 @@ template <class Device>
 struct Slot {
   Tensor<int32_t> tokens, targets;
   std::vector<Tensor<int32_t>> replay;  // by layer, as the rest
-  Tensor<typename Device::Real> input;  // (N,C) from the stage before
+  Tensor<typename Device::Real> input;  // (n,C) from the stage before
   std::vector<LayerSaved<Device>> saved;
   Tensor<typename Device::Real> residual;  // after the last layer
   std::vector<int64_t> arrived_rows;       // of the experts, where they come in passes

@@ -338,13 +338,15 @@ Options parse_options(int argc, char** argv, int processes) {
 
 void check_processes(const Options& o) {
   o.layout.validate(o.world, o.model);
-  for (auto [option, n] : {std::pair{"--etp", o.layout.etp}, {"--tp", o.layout.tp}})
-    if (n != 1) fail(option, " ", n, ": not possible yet; use --dp, --ep and --pp");
-  const int64_t ep = o.layout.ep;
-  if (ep > 1 && o.model.capacity_factor > 0)
-    fail("--capacity-factor counts the rows of an expert on one rank; with --ep ", ep, " nothing is dropped");
-  if (double(ep) * double(o.batch_size) * double(o.seq_len) * double(std::max(o.model.top_k, ep)) >=
-      double(int64_t(1) << 31))
-    fail("--ep ", ep, " x --batch-size ", o.batch_size, " x --seq-len ", o.seq_len,
+  const auto& [dp, tp, pp, ep, etp] = o.layout;
+  const int64_t B = o.batch_size, T = o.seq_len, ranks = int64_t(ep) * etp;
+  for (auto [option, n] : {std::pair{"--ep", ep}, {"--etp", etp}, {"--tp", tp}})
+    if (n > 1 && o.model.capacity_factor > 0)
+      fail("--capacity-factor counts the rows of an expert on one rank; with ", option, " ", n, " nothing is dropped");
+  if (B * T % tp) fail("--tp ", tp, " does not divide the ", B * T, " tokens of --batch-size ", B, " x --seq-len ", T);
+  if (tp > 1 && o.model.balance_scope == BalanceScope::sequence && B % tp && tp % B)
+    fail("--balance-scope sequence: of --tp ", tp, " and --batch-size ", B, " one must divide the other");
+  if (double(ranks) / tp * double(B) * double(T) * double(std::max(o.model.top_k, ranks)) >= double(int64_t(1) << 31))
+    fail("--ep ", ep, " x --etp ", etp, " x --batch-size ", B, " x --seq-len ", T,
          " tokens reach a rank at most, which pass 2^31 rows; use smaller micro-batches");
 }

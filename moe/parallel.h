@@ -68,7 +68,7 @@ Parallel open_parallel(World& world, Device& dev, const Layout& layout) {
   p.layout = layout, p.here = place(layout, world.rank()), p.world = &world;
   if (p.alone()) return p;
   std::map<std::vector<std::vector<int>>, Comm> made;  // kinds whose groups are the same share communicators
-  for (Group g : {Group::world, Group::stage, Group::dp, Group::pp, Group::ep, Group::ends}) {
+  for (Group g : {Group::world, Group::stage, Group::dp, Group::tp, Group::pp, Group::ep, Group::ends}) {
     if (layout.pp == 1 && (g == Group::pp || g == Group::ends)) continue;
     auto [found, is_new] = made.try_emplace(all_groups(layout, g));
     for (const std::vector<int>& ranks : found->first)

@@ -39,7 +39,7 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     text += line;
   };
   const Stage stage = stage_of(config, run);
-  int64_t N = run.B * run.T;
+  const int64_t N = run.tokens(), F = config.d_expert / run.parallel.layout.etp;
   const char* other_name = name_of(other_dispatch(run.dispatch));
   add("memory plan: %lld parameters (%lld active), micro-batch %lld x %lld tokens, %lld a step, dispatch %s\n",
       (long long)config.parameters(), (long long)config.active_parameters(), (long long)run.B, (long long)run.T,
@@ -65,14 +65,13 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
   add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
   for (size_t l = size_t(stage.begin); l < size_t(stage.end); ++l) {
     if (ours.layers[l].part != "moe") continue;
-    if (const int ep = run.parallel.layout.ep; ep > 1) {
-      const ExpertRows rows = expert_rows(config, run, N, ep);
+    if (const ExpertRanks ranks = run.expert_ranks(config); ranks.ranks > 1) {
+      const ExpertRows rows = expert_rows(ranks, run.row_headroom);
       add("a rank's experts have memory for %lld rows (%g times its share of %lld); a step with more takes up to %lld "
           "passes\n",
-          (long long)rows.a_pass, run.row_headroom, (long long)(N * config.top_k), (long long)rows.passes());
+          (long long)rows.a_pass, run.row_headroom, (long long)ranks.share(), (long long)rows.passes());
     }
-    size_t formula =
-        size_t(stage.slots) * real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * config.d_expert);
+    size_t formula = size_t(stage.slots) * real_bytes * size_t(N) * size_t(config.d_model + 2 * config.top_k * F);
     const char* name = real_bytes == 2 ? "2NC + 4NKF" : real_bytes == 4 ? "4NC + 8NKF" : "8NC + 16NKF";
     const std::string times = stage.slots > 1 ? std::to_string(stage.slots) + " x (" + name + ")" : name;
     add("a MoE layer keeps %zu (recompute %s); %s = %zu; %s keeps %zu\n", ours.layers[l].saved,

@@ -127,7 +127,7 @@ void balance_loss(Device&, StepStats* stats, int32_t* load, const typename Devic
   double tokens = double(shape.N * shape.ranks) / double(shape.G), balance = 0, z = 0;
   for (int64_t i = 0; i < shape.G * shape.E; ++i) {
     balance += double(group_count[i]) / (tokens * double(shape.K)) * double(group_prob[i]) / tokens;
-    load[i % shape.E] += group_count[i];
+    if (load) load[i % shape.E] += group_count[i];
   }
   for (int64_t n = 0; n < shape.N; ++n) z += double(lse[n]) * double(lse[n]);
   stats->aux_loss += params->micro_step_scale * shape.aux_coef * double(shape.E) * balance / double(shape.G);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(1024)
   for (int64_t i = threadIdx.x; i < shape.G * shape.E; i += 1024)
     balance += double(group_count[i]) / (tokens * double(shape.K)) * double(group_prob[i]) / tokens;
   for (int64_t n = threadIdx.x; n < shape.N; n += 1024) z += double(lse[n]) * double(lse[n]);
-  for (int64_t e = threadIdx.x; e < shape.E; e += 1024) {
+  for (int64_t e = threadIdx.x; load && e < shape.E; e += 1024) {
     int total = 0;
     for (int64_t g = 0; g < shape.G; ++g) total += group_count[g * shape.E + e];
     load[e] += total;

@@ -38,7 +38,8 @@ void router_forward(Device& dev, typename Device::Acc* gates, int32_t* top_k_ind
                     const typename Device::Real* x, const typename Device::Real* wg, const typename Device::Acc* bias,
                     const int32_t* replay, RouterShape shape);
 
-// stats->aux_loss and z_loss += this layer's, times params->micro_step_scale; load (E) int32 += selections.
+// stats->aux_loss and z_loss += this layer's, times params->micro_step_scale; load (E) int32 += selections,
+// unless it is null.
 template <class Device>
 void balance_loss(Device& dev, StepStats* stats, int32_t* load, const typename Device::Acc* group_prob,
                   const int32_t* group_count, const typename Device::Acc* lse, const StepParams* params,

@@ -4,7 +4,9 @@
 
 #include "llmc/adamw.h"
 #include "llmc/global_norm.h"
+#include "moe/config.h"
 #include "moe/expert_mlp.h"
+#include "moe/expert_parallel.h"
 #include "moe/parallel.h"
 
 struct RunOptions {
@@ -18,23 +20,28 @@ struct RunOptions {
   bool separate_arena = false;
   bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
   bool record_routing = false, replay_routing = false;
-  double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep)
+  double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep, --etp)
   AdamWConfig adamw;
   UpdateRules rules;
   Parallel parallel;  // B, T and micro_steps are of this rank
 
+  int64_t tokens() const { return B * T / parallel.layout.tp; }  // whose residual stream this rank has
+  ExpertRanks expert_ranks(const ModelConfig& c) const {
+    const Layout& layout = parallel.layout;
+    const Place& here = parallel.here;
+    return {layout.ep * layout.etp, here.ep * layout.etp + here.etp, tokens(), c.top_k, c.n_expert, layout.etp};
+  }
   Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
 };
 
-// Rows of the experts of one of `ep` ranks with N tokens each: as many as its own tokens have where it has all experts, else
-// a headroom over that, and what exceeds it in further passes.
+// Rows of the experts of one of the ranks that share them: as many as its own tokens have where it has all experts, else a
+// headroom over its share, and what exceeds it in further passes.
 struct ExpertRows {
   int64_t a_pass, most;
   int64_t passes() const { return (most + a_pass - 1) / a_pass; }
 };
-inline ExpertRows expert_rows(const ModelConfig& config, const RunOptions& run, int64_t N, int64_t ep) {
-  const int64_t share = N * config.top_k;
-  if (ep == 1) return {share, share};
-  const int64_t most = ep * N * std::min(config.top_k, config.n_expert / ep);
-  return {std::min(most, std::max<int64_t>(64, (int64_t(run.row_headroom * double(share)) + 63) / 64 * 64)), most};
+inline ExpertRows expert_rows(const ExpertRanks& r, double headroom) {
+  if (r.ranks == 1) return {r.share(), r.share()};
+  const int64_t most = r.M() * std::min(r.K, r.experts());
+  return {std::min(most, std::max<int64_t>(64, (int64_t(headroom * double(r.share())) + 63) / 64 * 64)), most};
 }

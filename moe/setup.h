@@ -21,7 +21,7 @@ inline RunOptions run_options(const Options& o) {
   r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
   r.separate_arena = o.arena == "separate";
-  r.graphs = !o.no_graphs && o.layout.ep == 1;  // the exchange of tokens reads its counts on the host
+  r.graphs = !o.no_graphs && o.layout.ep * o.layout.etp == 1;  // the exchange of tokens reads its counts on the host
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
   r.row_headroom = o.row_headroom;
@@ -190,6 +190,8 @@ void check_memory(Device& dev, const Options& o, const RunOptions& run) {
   std::string hint;
   for (RunOptions r = run; r.B >= 1 && hint.empty(); r.B /= 2)
     for (Recompute p : {Recompute::act, Recompute::up, Recompute::block}) {
+      const int tp = o.layout.tp;  // which cannot cut any batch (check_processes)
+      if (r.B * r.T % tp || (r.B % tp && tp % r.B)) continue;
       r.recompute.assign(o.model.n_layer, p);
       size_t bytes = bytes_of(dev, o.model, r);
       if (bytes > budget) continue;

@@ -97,6 +97,7 @@ struct LayerProgram {
         dwg,
         {},
         {},
+        {x, router.N, router.C},
         0,
         load,
         replay,

@@ -13,21 +13,23 @@ struct Case {
   int ranks;
   int64_t N, K, E;
   std::vector<int32_t> choices;  // (M,K); -1: none
+  int parts;                     // of an expert
+  int64_t experts() const { return E / (ranks / parts); }
 };
-ExpertRanks of_rank(const Case& c, int rank) { return {c.ranks, rank, c.N, c.K, c.E}; }
+ExpertRanks of_rank(const Case& c, int rank) { return {c.ranks, rank, c.N, c.K, c.E, c.parts}; }
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (int ranks : {1, 2, 3, 4})
+  for (auto [ranks, parts] : {std::pair{1, 1}, {2, 1}, {2, 2}, {3, 1}, {4, 1}, {4, 2}, {4, 4}})
     for (int64_t K : {1, 2, 3, 4})
       for (int64_t experts : {1, 2, 5}) {
-        const int64_t E = ranks * experts;
+        const int64_t E = ranks / parts * experts;
         for (int64_t N : {1, 9, 40}) {
-          const std::string size = std::to_string(ranks) + " ranks, N " + std::to_string(N) + " K " +
-                                   std::to_string(K) + " E " + std::to_string(E);
+          const std::string size = std::to_string(ranks) + " ranks, parts " + std::to_string(parts) + " N " +
+                                   std::to_string(N) + " K " + std::to_string(K) + " E " + std::to_string(E);
           const int64_t slots = ranks * N * K;
           auto add = [&](const std::string& name, auto choice) {
-            Case c{size + ", " + name, ranks, N, K, E, {}};
+            Case c{size + ", " + name, ranks, N, K, E, {}, parts};
             for (int64_t slot = 0; slot < slots; ++slot) c.choices.push_back(int32_t(choice(slot)));
             all.push_back(c);
           };
@@ -37,7 +39,7 @@ std::vector<Case> cases() {
           add("whole tokens nowhere", [&](int64_t s) { return s / K % 3 ? random[s] : -1; });
           add("to the first", [&](int64_t) { return 0; });
           add("to the last rank", [&](int64_t s) { return E - 1 - s % experts; });
-          add("each to its own", [&](int64_t s) { return s / K / N * experts; });
+          add("each to its own", [&](int64_t s) { return s / K / N / parts * experts; });
           add("none", [](int64_t) { return -1; });
         }
       }
@@ -71,11 +73,10 @@ struct Rank {
 
 // Tokens of the group with an expert on rank d, ascending.
 std::vector<int64_t> tokens_for(const Case& c, int d) {
-  const int64_t experts = c.E / c.ranks;
   std::vector<int64_t> tokens;
   for (int64_t t = 0; t < c.ranks * c.N; ++t)
     if (std::any_of(&c.choices[t * c.K], &c.choices[t * c.K] + c.K,
-                    [&](int32_t e) { return e >= 0 && e / experts == d; }))
+                    [&](int32_t e) { return e >= 0 && e / c.experts() == d / c.parts; }))
       tokens.push_back(t);
   return tokens;
 }
@@ -107,7 +108,7 @@ TYPED_TEST(ExpertParallel, EveryTokenGoesOnceToEachRankOfItsExperts) {
   using Acc = typename Cpu<Real>::Acc;
   for (const Case& c : cases()) {
     SCOPED_TRACE(c.name);
-    const int64_t M = c.ranks * c.N, experts = c.E / c.ranks;
+    const int64_t M = c.ranks * c.N, experts = c.experts();
     auto all_gates = random_tensor<Acc>("gates", M * c.K);
     for (int rank = 0; rank < c.ranks; ++rank) {
       Rank<Real> r(c, rank, all_gates);
@@ -128,20 +129,20 @@ TYPED_TEST(ExpertParallel, EveryTokenGoesOnceToEachRankOfItsExperts) {
         for (int64_t t = 0; t < c.N; ++t) EXPECT_EQ(r.position[t * c.ranks + d], expected_position[t]);
         sent += from[rank];
       }
-      EXPECT_LE(sent, c.N * std::min<int64_t>(c.ranks, c.K));
+      EXPECT_LE(sent, c.N * std::min<int64_t>(c.ranks, c.K * c.parts));
       const std::vector<int64_t> arrived = tokens_for(c, rank);
       for (int64_t i = 0; i < M; ++i)
         for (int64_t k = 0; k < c.K; ++k) {
           const int64_t slot = i < int64_t(arrived.size()) ? arrived[i] * c.K + k : -1;
-          const bool here = slot >= 0 && c.choices[slot] >= 0 && c.choices[slot] / experts == rank;
-          EXPECT_EQ(r.index[i * c.K + k], here ? c.choices[slot] - rank * experts : -1);
+          const bool here = slot >= 0 && c.choices[slot] >= 0 && c.choices[slot] / experts == rank / c.parts;
+          EXPECT_EQ(r.index[i * c.K + k], here ? c.choices[slot] - rank / c.parts * experts : -1);
           EXPECT_EQ(r.gates[i * c.K + k], here ? all_gates[slot] : Acc(0));
         }
     }
   }
 }
 
-// Expert e makes (e + 1) x of a token x. What comes back is the sum over its experts, gates included, wherever they are.
+// Expert e makes (e + 1) x of a token x, each of its parts as much of that. What comes back is the sum over its experts, gates included, wherever they are.
 TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
   using Real = TypeParam;
   using Acc = typename Cpu<Real>::Acc;
@@ -149,7 +150,7 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
   for (const Case& c : cases()) {
     if (c.N == 40 && c.K > 2) continue;
     SCOPED_TRACE(c.name);
-    const int64_t M = c.ranks * c.N, experts = c.E / c.ranks;
+    const int64_t M = c.ranks * c.N, experts = c.experts();
     auto x = random_tensor<Real>("x", M * C), residual = random_tensor<Real>("residual", M * C);
     auto all_gates = random_tensor<Acc>("gates", M * c.K, 0.3, 0.5);
     Cpu<Real> dev;
@@ -181,13 +182,14 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
       for (int64_t e = 0; e < experts; ++e)
         for (int64_t row = offsets[e]; row < offsets[e + 1]; ++row)
           for (int64_t i = 0; i < C; ++i)
-            y[row * C + i] =
-                from_double<Real>(double(d * experts + e + 1) * as_double(arrived[d][row_slot[row] / c.K * C + i]));
+            y[row * C + i] = from_double<Real>(double(d / c.parts * experts + e + 1) / c.parts *
+                                               as_double(arrived[d][row_slot[row] / c.K * C + i]));
       combine(dev, partial[d].data(), y.data(), static_cast<const Real*>(nullptr), ranks[d].gates.data(),
               slot_row.data(), M, c.K, C);
-      for (int64_t i = 0; i < int64_t(tokens.size()); ++i)  // the gate's gradient of slot s is s + 1
+      for (int64_t i = 0; i < int64_t(tokens.size()); ++i)  // the gate's gradient of slot s is s + 1, in parts
         for (int64_t k = 0; k < c.K; ++k)
-          dgates[d][i * c.K + k] = ranks[d].index[i * c.K + k] < 0 ? Acc(-1) : Acc(tokens[i] * c.K + k + 1);
+          dgates[d][i * c.K + k] =
+              ranks[d].index[i * c.K + k] < 0 ? Acc(-1) : Acc(tokens[i] * c.K + k + 1) / Acc(c.parts);
     }
     exchange(c, counts, returned, partial, C, true);
     exchange(c, counts, returned_dgates, dgates, c.K, true);

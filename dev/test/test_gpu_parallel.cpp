@@ -42,15 +42,16 @@ struct Case {
   Routing routing;  // of all tokens of the group
   int ranks;
   int64_t C;
+  int parts = 1;  // of an expert
 };
 std::vector<int64_t> sent_by(const Case& c, int rank) {  // rows to each rank
-  const int64_t N = c.routing.N / c.ranks, K = c.routing.K, experts = c.routing.E / c.ranks;
+  const int64_t N = c.routing.N / c.ranks, K = c.routing.K, experts = c.routing.E / (c.ranks / c.parts);
   std::vector<int64_t> n(size_t(c.ranks), 0);
   for (int64_t t = rank * N; t < (rank + 1) * N; ++t)
     for (int d = 0; d < c.ranks; ++d) {
       bool goes = false;
       for (int64_t k = 0; k < K; ++k)
-        goes |= c.routing.index[t * K + k] >= 0 && c.routing.index[t * K + k] / experts == d;
+        goes |= c.routing.index[t * K + k] >= 0 && c.routing.index[t * K + k] / experts == d / c.parts;
       n[d] += goes;
     }
   return n;
@@ -62,11 +63,11 @@ void check_exchange(const Case& c) {
   const auto gates = random_values("gates", M * K, 0.3, 0.5);
   for (int rank = 0; rank < c.ranks; ++rank) {
     SCOPED_TRACE(c.routing.name + ", rank " + std::to_string(rank) + " of " + std::to_string(c.ranks) + ", N " +
-                 std::to_string(N) + " K " + std::to_string(K) + " E " + std::to_string(c.routing.E) + " C " +
-                 std::to_string(c.C));
+                 std::to_string(N) + " parts " + std::to_string(c.parts) + " K " + std::to_string(K) + " E " +
+                 std::to_string(c.routing.E) + " C " + std::to_string(c.C));
     const std::vector<int64_t> sent = sent_by(c, rank);
     const int64_t rows = std::accumulate(sent.begin(), sent.end(), int64_t(0));
-    const ExpertRanks r{c.ranks, rank, N, K, c.routing.E};
+    const ExpertRanks r{c.ranks, rank, N, K, c.routing.E, c.parts};
     expect_calibrated<Real>([&]<class D>(Buffers<D>& b) {
       auto* choices = b.upload(c.routing.index);
       const int32_t* own = b.upload(
@@ -104,12 +105,15 @@ TYPED_TEST(GpuParallel, ExchangeSmall) {
                         {same_for_all(40, 2, 8, 6), 4, 16},
                         {same_for_all(40, 1, 8, 0), 8, 24},
                         {round_robin(64, 2, 8), 8, 33},
+                        {elsewhere(random_routing(40, 3, 6)), 4, 16, 2},
+                        {random_routing(40, 2, 3), 4, 16, 4},
                         {elsewhere(random_routing(64, 4, 64)), 4, 64}})
     check_exchange<TypeParam>(c);
 }
 TYPED_TEST(GpuParallel, Exchange) {
   for (const Case& c : {Case{random_routing(8000, 8, 128), 8, 256},
                         {elsewhere(random_routing(3000, 4, 60)), 4, 133},
+                        {random_routing(8000, 8, 64), 8, 256, 2},
                         {same_for_all(2000, 8, 128, 120), 4, 1024}})
     check_exchange<TypeParam>(c);
 }
