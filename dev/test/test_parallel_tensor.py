@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tensor parallelism (--tp) and experts cut by their width (--etp) against runs of one process:
+"""Tensor parallelism (--tp) and experts cut by their width (--etp), also in pipelines, against runs of one process:
 TRAINER=build/train_gpt_moe python3 dev/test/test_parallel_tensor.py. Standard library only."""
 
 import math
@@ -25,16 +25,19 @@ def sharing(ranks):
 
 class TensorTest(ParallelTest):
     def on(self, dp, tp, ep, etp, *more, out, model=MODEL, launcher=LAUNCHERS[0]):
-        """Trains on dp * tp processes and returns the run's directory."""
+        """Trains on dp * tp processes, times --pp of `more`, and returns the run's directory."""
         args = self.training(*more, model=model, out=out)
-        return self.processes(dp * tp, [*args, "--dp", dp, "--tp", tp, "--ep", ep, "--etp", etp], out, launcher)
+        stages = more[more.index("--pp") + 1] if "--pp" in more else 1
+        return self.processes(dp * tp * stages, [*args, "--dp", dp, "--tp", tp, "--ep", ep, "--etp", etp], out, launcher)
 
 
 class Layouts(TensorTest):
-    def check(self, layouts, *more, gradient=None, loss=1e-5, norm=1e-4):
-        """Losses, norms and (gradient: their largest error) gradients of several steps. With --beta1 0 the first moment is
-        the gradient of the last."""
-        common = [*BY_ONE_RULE, "--steps", 20, "--stop-after", 5, "--beta1", 0, "--clip", 0, "--val-data", self.val, *more]
+    def check(self, layouts, *more, gradient=None, loss=1e-5, norm=1e-4, steps=5):
+        """Losses, norms and (gradient: their largest error) gradients of some steps. Of these with
+        --beta1 0, so that the first moment is the gradient of the last."""
+        common = [*BY_ONE_RULE, "--steps", 20, "--stop-after", steps, "--val-data", self.val, *more]
+        if gradient:
+            common += ["--beta1", 0, "--clip", 0]
         routes = self.path("routes")
         one = self.alone(*common, "--record-routing", routes, model=MODEL)
         expected = Safetensors(self.checkpoint(one) / "optimizer.safetensors").tensors
@@ -58,8 +61,14 @@ class Layouts(TensorTest):
     def test_gradients_of_four(self):
         self.check([(dp, 4 // dp, *s) for dp in (1, 2) for s in sharing(4)] + [(4, 1, 2, 2), (4, 1, 1, 4)], "--dtype", "fp64", gradient=1e-9)
 
-    def test_losses(self):
-        self.check([(1, 4, 2, 2), (2, 2, 1, 2), (2, 2, 4, 1)], "--qk-norm", "false")
+    def test_gradients_in_pipelines(self):
+        of_four = [(dp, 2 // dp, *s, "--pp", 2) for dp in (1, 2) for s in sharing(2)]
+        of_more = [(2, 2, 2, 2, "--pp", 2), (1, 4, 2, 2, "--pp", 2), (4, 1, 1, 4, "--pp", 2), (1, 2, 2, 1, "--pp", 3)]
+        self.check(of_four + of_more, "--dtype", "fp64", gradient=1e-9)
+
+    def test_losses_of_twenty_steps(self):
+        self.check([(1, 4, 2, 2), (2, 2, 1, 2), (2, 2, 4, 1), (4, 1, 2, 1), (2, 1, 1, 1, "--pp", 2), (2, 2, 2, 2, "--pp", 2)],
+                   "--qk-norm", "false", "--tied", "false", loss=1e-4, norm=1e-3, steps=20)
 
     def test_bf16(self):
         self.check([(1, 4, 2, 2), (2, 2, 1, 1)], "--dtype", "bf16", loss=0.02, norm=0.05)
