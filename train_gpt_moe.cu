@@ -298,6 +298,9 @@ class Trainer {
 
   void check_status(int64_t step, const DeviceStatus& s) {
     if (s.code == DeviceStatus::ok) return;
+    if (s.code == DeviceStatus::peer_late)
+      fail("step ", step, ": rank ", parallel().here.rank, " waited ", s.token, " s for rank ", s.value,
+           " on the GPU, in layer ", s.layer, ": is it gone? (--comm-timeout)");
     fail("step ", step, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value,
          " is out of range", s.layer >= 0 ? " in layer " + std::to_string(s.layer) : std::string(), " at token ",
          s.token, " of the micro-batch");
@@ -408,6 +411,7 @@ void train_main(Options o, Device& dev, World& world) {
     std::fputs(describe(o.layout, o.model).c_str(), stdout);
   else
     run.parallel = open_parallel(world, dev, o.layout);
+  choose_transport(dev, o, run);
   choose_policies(dev, o, run);
   if (o.memory_report || o.dry_run) print_report(dev, o, run);
   if (o.dry_run) return;
