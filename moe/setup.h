@@ -37,8 +37,8 @@ inline RunOptions run_options(const Options& o) {
   return r;
 }
 
-// How tokens get to their experts, and why so. Called by all ranks; a plan alone (no world) takes "auto" for exchange, which
-// needs more memory.
+// How tokens get to their experts, and why so. Called by all ranks; a plan alone (no world) takes "auto" for exchange: the
+// two need nearly the same memory.
 template <class Device>
 void choose_transport(Device& dev, const Options& o, RunOptions& run) {
   if (o.layout.ep == 1) return;
