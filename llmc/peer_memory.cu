@@ -71,17 +71,19 @@ std::string first_line(const Comm& comm, const std::string& mine, const char* na
 
 }  // namespace
 
-// What one rank has opened of the others. It closes in an orderly way: all ranks together, before any frees its memory.
+// What one rank has opened of the others. All ranks close it together, before any frees its memory; where something went
+// wrong the process is about to end, and nobody is waited for.
 struct PeerMemory::Mapping {
   GpuBase& dev;
   Comm group;
   std::vector<char*> base{};  // of each rank, as seen from here
 
   ~Mapping() {
+    if (std::uncaught_exceptions()) return;
     cudaStreamSynchronize(dev.stream);
     for (int r = 0; r < int(base.size()); ++r)
       if (r != group.rank() && base[r]) cudaIpcCloseMemHandle(base[r]);
-    if (!std::uncaught_exceptions()) group.barrier("closing peer memory");
+    group.barrier("closing peer memory");
   }
 };
 
