@@ -192,8 +192,8 @@ class World {
   double timeout() const;
   int rank() const;
   int size() const;
-  int local_size() const;        // ranks of this host
-  int local_rank() const;        // among the ranks of this host: which GPU to take
+  int local_size() const;  // ranks of this host
+  int local_rank() const;  // among the ranks of this host: which GPU to take
   bool same_host(int rank) const;
   const char* launcher() const;  // "mpi", "tcp", "single"
 

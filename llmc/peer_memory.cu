@@ -136,9 +136,9 @@ std::string PeerMemory::map(Mapping& m, const World* world, char* base) {
       break;
     if (found != 1 + uint32_t(names[r])) problem = pair(" finds other memory than that of rank ");
   }
-  problem = first_line(m.group, problem, "who can map peer memory");
-  m.dev.zero(base, sizeof owner);
-  return problem;
+  m.group.barrier("numbers in peer memory");  // all have looked
+  m.dev.zero(base, sizeof owner), m.dev.synchronize();
+  return first_line(m.group, problem, "who can map peer memory");
 }
 
 std::string PeerMemory::problem(GpuBase& dev, const World& world, const Comm& group, const Comm& all) {
