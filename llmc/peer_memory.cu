@@ -40,7 +40,6 @@ __global__ void __launch_bounds__(32) meet_peers(const __grid_constant__ Meeting
   __syncwarp();  // all have read it
   if (peer == 0) mine->meetings = meeting;
   if (peer >= m.ranks || peer == m.rank) return;
-  __threadfence_system();
   store_release(&m.flags[peer]->reached[m.rank], meeting);
   const uint64_t begin = nanoseconds();
   while (load_acquire(&mine->reached[peer]) < meeting) {
