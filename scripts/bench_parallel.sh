@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Speed of training on two GPUs of this machine against one of them, with as many tokens a GPU: each preset on one GPU, with
-# --dp 2, and with --dp 2 --ep 2 by either transport. Prints a table and appends a line a run to dev/results/<gpu>.jsonl:
-# medians over the steps after warm-up; `ratio` is tokens a second over those of one GPU, `share_apart` the part of a step
-# that one GPU alone would not have needed. Text of random ids. A run is ended as soon as it has its steps: no checkpoint
-# of the larger preset's 100 GB is written.
+# --dp 2, and with --dp 2 --ep 2 by either transport, which must give the same losses. Prints a table and appends a line a
+# run to dev/results/<gpu>.jsonl: medians over the steps after warm-up; `ratio` is tokens a second over those of one GPU,
+# `share_apart` the part of a step that one GPU alone would not have needed. Text of random ids. A run is killed as soon as
+# it has its steps, so that no checkpoint is written: that of the larger preset has 100 GB.
 #   scripts/bench_parallel.sh [STEPS]     (default 15, the first 5 of which warm up)
 #   SHAPES='gpt124-8x2:32x1024 ...'       preset:sequences x tokens of a GPU
 #   RUNS='one dp2 ep2-exchange ep2-pull'  which of them; `one` is what the others are measured against
@@ -64,7 +64,7 @@ def logged(path):
 
 
 def measure(shape, B, T, run):
-    """Records of the steps after warm-up, or None (and says why)."""
+    """Records of the steps, or None (and says why)."""
     out = f"{env['WORK']}/{shape}-{run}"
     n = 1 if run == "one" else 2
     command = [env["TRAINER"], "--device", device, "--preset", shape, "--batch-size", B, "--seq-len", T, "--train-data", data,
@@ -93,7 +93,7 @@ def measure(shape, B, T, run):
         print(f"{shape} {run}: {len(records)} of {steps} steps in {time.monotonic() - began:.0f} s: {why}", flush=True)
         return None
     print(f"{shape} {run}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return records[warmup:steps]
+    return records[:steps]
 
 
 gpu = gpu_name()
@@ -103,12 +103,14 @@ for item in env["SHAPES"].split():
     shape, B, T = re.fullmatch(r"([^:]+):(\d+)x(\d+)", item).groups()
     data = f"{env['WORK']}/{shape}.bin"
     write_tokens(data, (steps + 2) * 2 * int(B) * (int(T) + 1))
-    alone = None
+    alone, losses = None, {}
     for run in env["RUNS"].split():
         records = measure(shape, B, T, run)
         if records is None:
             failed = True
             continue
+        losses[run] = [r["loss"] for r in records]
+        records = records[warmup:]
         middle = {key: statistics.median(r[key] for r in records) for key in ("tokens_per_s", "ms", "mfu", "load_max_over_mean")}
         row = {"bench": "train", "shape": shape, "impl": "ours" if run == "one" else "ours-" + run, "variant": "act",
                "ranks": 1 if run == "one" else 2, "tokens_per_s": middle["tokens_per_s"], "ms": middle["ms"],
@@ -125,5 +127,9 @@ for item in env["SHAPES"].split():
         against = f"{row['ratio']:.3f} times one, {100 * row['share_apart']:5.1f} % of the step apart" if "ratio" in row else ""
         print(f"{shape:18} {run:13} {row['tokens_per_s']:12,.0f} tokens/s {row['ms']:9.1f} ms {row['peak_GiB']:7.2f} GiB a rank  "
               f"load {row['load_max_over_mean']:.2f}  {against}", flush=True)
+    if "ep2-exchange" in losses and "ep2-pull" in losses:
+        same = losses["ep2-exchange"] == losses["ep2-pull"]
+        failed |= not same
+        print(f"{shape}: the losses of the two transports are {'the same' if same else 'NOT the same'}", flush=True)
 sys.exit(failed)
 PYTHON
