@@ -304,6 +304,10 @@ class Trainer {
 
   void check_status(int64_t step, const DeviceStatus& s) {
     if (s.code == DeviceStatus::ok) return;
+    if (s.code == DeviceStatus::peer_late)  // without cleaning up, which would wait for that rank again
+      parallel().world->abort("train_gpt_moe: step " + std::to_string(step) + ": waited " + std::to_string(s.token) +
+                              " s on the GPU for rank " + std::to_string(s.value) + " in layer " +
+                              std::to_string(s.layer) + ": is it gone? (--comm-timeout)");
     fail("step ", step, ": ", s.code == DeviceStatus::token_out_of_range ? "token id " : "expert index ", s.value,
          " is out of range", s.layer >= 0 ? " in layer " + std::to_string(s.layer) : std::string(), " at token ",
          s.token, " of the micro-batch");
@@ -415,6 +419,7 @@ void train_main(Options o, Device& dev, World& world) {
     choose_stage(dev, o, run);
   } else {
     run.parallel = open_parallel(world, dev, o.layout);
+    choose_transport(dev, o, run);
     choose_policies(dev, o, run);
   }
   print_policies(dev, o, run);

@@ -356,17 +356,21 @@ void World::set_timeout(double seconds) {
   if (!(seconds > 0)) fail("--comm-timeout ", seconds, ": must be more than 0 seconds");
   job_->timeout = seconds;
 }
+double World::timeout() const { return job_->timeout; }
 int World::rank() const { return job_->rank; }
 int World::size() const { return job_->size; }
 const char* World::launcher() const { return job_->launcher; }
+bool World::same_host(int r) const {
+  return r == rank() || !std::strcmp(job_->places[r].host, job_->places[rank()].host);
+}
 int World::local_rank() const {
   int lower = 0;
-  for (int r = 0; r < rank(); ++r) lower += !std::strcmp(job_->places[r].host, job_->places[rank()].host);
+  for (int r = 0; r < rank(); ++r) lower += same_host(r);
   return lower;
 }
 int World::local_size() const {
   int n = 0;
-  for (int r = 0; r < size(); ++r) n += r == rank() || !std::strcmp(job_->places[r].host, job_->places[rank()].host);
+  for (int r = 0; r < size(); ++r) n += same_host(r);
   return n;
 }
 void World::abort(const std::string& line) {

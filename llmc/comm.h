@@ -189,10 +189,12 @@ class World {
   World& operator=(const World&) = delete;
 
   void set_timeout(double seconds);
+  double timeout() const;
   int rank() const;
   int size() const;
-  int local_size() const;        // ranks of this host
-  int local_rank() const;        // among the ranks of this host: which GPU to take
+  int local_size() const;  // ranks of this host
+  int local_rank() const;  // among the ranks of this host: which GPU to take
+  bool same_host(int rank) const;
   const char* launcher() const;  // "mpi", "tcp", "single"
 
   // The communicator of these ranks of the World, in this order. Called by every rank of the World, whether it is in the

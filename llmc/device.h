@@ -15,11 +15,11 @@
 // What went wrong inside an op, written by the device and read by the host after the step: ops cannot throw, because on
 // a GPU nobody waits for them. The first fault wins.
 struct DeviceStatus {
-  enum Code : int32_t { ok = 0, token_out_of_range = 1, expert_out_of_range = 2 };
+  enum Code : int32_t { ok = 0, token_out_of_range = 1, expert_out_of_range = 2, peer_late = 3 };
   int32_t code = ok;
   int32_t layer = -1;
-  int64_t token = -1;  // position in the micro-batch
-  int64_t value = 0;   // the offending value
+  int64_t token = -1;  // position in the micro-batch; peer_late: the seconds that were waited
+  int64_t value = 0;   // the offending value; peer_late: the rank that did not come
 };
 
 // The host's processors and memory.

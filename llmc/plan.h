@@ -120,6 +120,7 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
 
   bool separate() const { return separate_; }
+  char* base() const { return base_; }  // of the one allocation; separate: null
   size_t allocated_bytes() const { return allocated_; }
   void end_of_life(TensorInfo* t) { device_.fill_byte(t->data, 0xFF, t->bytes); }
 

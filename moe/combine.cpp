@@ -21,13 +21,23 @@ void combine(Device&, typename Device::Real* out, const typename Device::Real* r
         const Real* y = rows + row * C + c0;
         for (int64_t c = 0; c < n; ++c) sum[c] += gate * Acc(y[c]);
       }
-      for (int64_t c = 0; c < n; ++c) out[t * C + c0 + c] = Real((addend ? Acc(addend[t * C + c0 + c]) : Acc(0)) + sum[c]);
+      for (int64_t c = 0; c < n; ++c)
+        out[t * C + c0 + c] = Real((addend ? Acc(addend[t * C + c0 + c]) : Acc(0)) + sum[c]);
     }
+}
+
+template <class Device>
+void combine_more(Device& dev, typename Device::Real* out, const typename Device::Real* rows,
+                  const typename Device::Acc* gates, const int32_t* slot_row, const int32_t* n_rows, int64_t N,
+                  int64_t K, int64_t C) {
+  if (*n_rows) combine(dev, out, rows, out, gates, slot_row, N, K, C);
 }
 
 #define INSTANTIATE(Real)                                                                                            \
   template void combine(Cpu<Real>&, Real*, const Real*, const Real*, const Cpu<Real>::Acc*, const int32_t*, int64_t, \
-                        int64_t, int64_t);
+                        int64_t, int64_t);                                                                           \
+  template void combine_more(Cpu<Real>&, Real*, const Real*, const Cpu<Real>::Acc*, const int32_t*, const int32_t*,  \
+                             int64_t, int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

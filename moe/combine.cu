@@ -7,17 +7,17 @@ namespace {
 
 constexpr int warps = 8;
 
-// W elements at a time; batch rows in flight before the first is used.
+// W elements at a time; batch rows in flight before the first is used. n_rows: combine_more()'s; or null.
 template <class Real, int W>
 __global__ void __launch_bounds__(warps * 32)
     combine_rows(Real* out, const Real* rows, const Real* addend, const float* gates, const int32_t* slot_row,
-                 int64_t N, int K, int64_t C) {
+                 const int32_t* n_rows, int64_t N, int K, int64_t C) {
   struct alignas(sizeof(Real) * W) Chunk {
     Real v[W];
   };
   constexpr int batch = 4;
   int64_t t = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
-  if (t >= N) return;
+  if (t >= N || (n_rows && *n_rows == 0)) return;
   for (int64_t c = int64_t(threadIdx.x % 32) * W; c < C; c += 32 * W) {
     Chunk start = {};
     if (addend) start = *reinterpret_cast<const Chunk*>(addend + t * C + c);
@@ -45,19 +45,34 @@ __global__ void __launch_bounds__(warps * 32)
   }
 }
 
+template <class Real>
+void launch_combine(GpuBase& dev, Real* out, const Real* rows, const Real* addend, const float* gates,
+                    const int32_t* slot_row, const int32_t* n_rows, int64_t N, int64_t K, int64_t C) {
+  auto kernel = packable<Real>(C, out, rows, addend) ? combine_rows<Real, Pack<Real>::n> : combine_rows<Real, 1>;
+  launch(dev, kernel, dim3(unsigned(ceil_div(N, warps))), warps * 32, 0, out, rows, addend, gates, slot_row, n_rows, N,
+         int(K), C);
+}
+
 }  // namespace
 
 template <class Device>
 void combine(Device& dev, typename Device::Real* out, const typename Device::Real* rows,
              const typename Device::Real* addend, const typename Device::Acc* gates, const int32_t* slot_row, int64_t N,
              int64_t K, int64_t C) {
-  using Real = typename Device::Real;
-  auto kernel = packable<Real>(C, out, rows, addend) ? combine_rows<Real, Pack<Real>::n> : combine_rows<Real, 1>;
-  launch(dev, kernel, dim3(unsigned(ceil_div(N, warps))), warps * 32, 0, out, rows, addend, gates, slot_row, N, int(K),
-         C);
+  launch_combine<typename Device::Real>(dev, out, rows, addend, gates, slot_row, nullptr, N, K, C);
 }
 
-template void combine(Gpu<float>&, float*, const float*, const float*, const float*, const int32_t*, int64_t, int64_t,
-                      int64_t);
-template void combine(Gpu<bf16>&, bf16*, const bf16*, const bf16*, const float*, const int32_t*, int64_t, int64_t,
-                      int64_t);
+template <class Device>
+void combine_more(Device& dev, typename Device::Real* out, const typename Device::Real* rows,
+                  const typename Device::Acc* gates, const int32_t* slot_row, const int32_t* n_rows, int64_t N,
+                  int64_t K, int64_t C) {
+  launch_combine<typename Device::Real>(dev, out, rows, out, gates, slot_row, n_rows, N, K, C);
+}
+
+#define INSTANTIATE(Real)                                                                                            \
+  template void combine(Gpu<Real>&, Real*, const Real*, const Real*, const float*, const int32_t*, int64_t, int64_t, \
+                        int64_t);                                                                                    \
+  template void combine_more(Gpu<Real>&, Real*, const Real*, const float*, const int32_t*, const int32_t*, int64_t,  \
+                             int64_t, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(bf16)

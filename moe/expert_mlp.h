@@ -54,7 +54,8 @@ struct ExpertMlp {
   Recompute policy;
   Dispatch dispatch;
   MlpWeights<Device> weights;
-  int64_t* rows;  // host memory, where there are several passes: how many rows the tokens of the moment have
+  int64_t* rows;  // host memory, where there are several passes: how many rows the tokens of the moment have; null: all
+                  // passes are put on the device, which leaves the empty ones at once
 
   int64_t passes() const { return (most_rows + shape.R - 1) / shape.R; }
 
@@ -70,7 +71,7 @@ struct ExpertMlp {
     x.op("routing plan", dispatch_plan<Device>, s.plan, scratch, choices, M, K, E, capacity);
     s.first = s.plan;
     if (passes() == 1) return;
-    x.op("count rows", count_rows, rows, s.plan.offsets, E);
+    if (rows) x.op("count rows", count_rows, rows, s.plan.offsets, E);
     s.first = plan_of_pass(s, 0, metadata);
   }
 
@@ -80,7 +81,7 @@ struct ExpertMlp {
                bool skip_down, auto out_and_addend) {
     Tensor<Real> out, addend;
     for (int64_t pass = 0; pass < (skip_down ? 1 : passes()); ++pass) {
-      Skipping empty(x, pass > 0 && pass * shape.R >= *rows);
+      Skipping empty(x, rows && pass > 0 && pass * shape.R >= *rows);
       RoutingTensors plan = pass ? plan_of_pass(s, pass, Category::workspace) : s.first;
       auto gathered = gather("x_rows", tokens, plan, pass ? Category::workspace : keep);
       MlpSaved<Device> mlp =
@@ -90,7 +91,7 @@ struct ExpertMlp {
       auto y = x.template tensor<Real>("y", {shape.R, shape.C});
       x.op("experts down", experts_down<Device>, y, scratch(), mlp.a, weights.w2, plan.offsets, shape);
       if (pass == 0) std::tie(out, addend) = out_and_addend();
-      x.op("combine", combine<Device>, out, y, pass ? out : addend, gates, plan.slot_row, M, shape.K, shape.C);
+      bring_back("combine", pass, plan, out, y, addend, gates);
     }
   }
 
@@ -100,7 +101,7 @@ struct ExpertMlp {
                 Tensor<Acc> dgates, auto dx_and_addend) {
     Tensor<Real> dx, addend;
     for (int64_t pass = 0; pass < passes(); ++pass) {
-      Skipping empty(x, pass > 0 && pass * shape.R >= *rows);
+      Skipping empty(x, rows && pass > 0 && pass * shape.R >= *rows);
       RoutingTensors plan = pass ? plan_of_pass(s, pass, Category::workspace) : s.first;
       Tensor<Real> gathered = s.rows;
       MlpSaved<Device> mlp = s.mlp;
@@ -128,8 +129,7 @@ struct ExpertMlp {
       auto dx_rows = x.template tensor<Real>("dx_rows", {shape.R, shape.C});
       x.op("experts dX", experts_up_backward_input<Device>, dx_rows, scratch(), dh, weights.w13, plan.offsets, shape);
       if (pass == 0) std::tie(dx, addend) = dx_and_addend();
-      x.op("combine backward", combine<Device>, dx, dx_rows, pass ? dx : addend, Tensor<Acc>{}, plan.slot_row, M,
-           shape.K, shape.C);
+      bring_back("combine backward", pass, plan, dx, dx_rows, addend, {});
     }
   }
 
@@ -141,6 +141,16 @@ struct ExpertMlp {
     ~Skipping() { x.skipping = false; }
   };
 
+  // out (M,C) = addend + what the first pass makes of each token, and += what a further one does.
+  void bring_back(const char* name, int64_t pass, const RoutingTensors& plan, Tensor<Real> out, Tensor<Real> y,
+                  Tensor<Real> addend, Tensor<Acc> gates) {
+    if (pass == 0) return x.op(name, combine<Device>, out, y, addend, gates, plan.slot_row, M, shape.K, shape.C);
+    x.op(name, further_rows, out, y, gates, plan, M, shape.K, shape.E, shape.C);
+  }
+  static void further_rows(Device& dev, Real* out, const Real* y, const Acc* gates, RoutingPlan plan, int64_t M,
+                           int64_t K, int64_t E, int64_t C) {
+    combine_more<Device>(dev, out, y, gates, plan.slot_row, plan.offsets + E, M, K, C);
+  }
   RoutingTensors plan_tensors(int64_t n_rows, Category category) {
     RoutingTensors plan;
     plan.counts = x.template tensor<int32_t>("counts", {shape.E});

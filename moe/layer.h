@@ -9,6 +9,7 @@
 #include "moe/config.h"
 #include "moe/expert_mlp.h"
 #include "moe/expert_parallel.h"
+#include "moe/expert_pull.h"
 #include "moe/router.h"
 #include "moe/tensor_parallel.h"
 
@@ -75,12 +76,14 @@ struct StatisticsRanks {
   bool counts = true;  // the selections of its group into the load of the experts: one rank of a group does
 };
 
-// The tokens that this rank's experts compute with, where experts are spread over ranks (expert_parallel.h).
+// The tokens that this rank's experts compute with, where experts are spread over ranks (expert_parallel.h; fetched:
+// expert_pull.h).
 template <class Device>
 struct ArrivedTokens {
   Tensor<typename Device::Real> x;     // (M,C)
   Tensor<typename Device::Acc> gates;  // (M,K)
   Tensor<int32_t> position, counts;    // (N,ranks), (ranks,ranks)
+  Tensor<int32_t> source;              // (M+1), in place of counts where they are fetched
 };
 
 template <class Device>
@@ -114,6 +117,7 @@ struct MoeLayer {
   ExpertRanks ranks;  // that share the experts
   Comm expert_ranks;
   StatisticsRanks statistics;
+  PeerMemory* peers;  // of expert_ranks, who fetch rows from each other; null: they send them
 
   Tensor<char> router_scratch() {
     return x.template tensor<char>("router.scratch", {int64_t(router_scratch_bytes<Device>(router))});
@@ -142,6 +146,7 @@ struct MoeLayer {
       if (record) x.op("record routing", copy_routing, record, s.top_k_index, N * K);
     }
     auto choices = spread() ? arrive(s, metadata) : s.top_k_index;
+    meet();
     if (spread())
       s.arrived.x = send(s, "arrived x", input, experts.policy == Recompute::none ? saved : Category::workspace);
     experts.route(s.experts, choices, metadata);
@@ -155,7 +160,11 @@ struct MoeLayer {
                       return spread() ? std::pair(partial, Tensor<Real>{}) : std::pair(out, residual);
                     });
     if (!recomputing) {
-      if (spread()) bring_back(s, out, partial, residual);
+      if (spread()) {
+        meet(input);  // partial sums are there, and the tokens have been fetched
+        bring_back(s, out, partial, residual);
+        meet(partial);
+      }
       residual = out;
     }
     if (d_shared) {
@@ -168,6 +177,7 @@ struct MoeLayer {
   // dinput (N,C): the gradient that reaches the layer's normalised input; dout is the gradient of the output.
   Tensor<Real> backward(MoeSaved<Device> s, Tensor<Real> input, Tensor<Real> dout) {
     int64_t N = router.N, C = router.C, K = router.K;
+    meet(input);  // which policy `block` may have had fetched just now
     if (spread() && (experts.policy == Recompute::act || experts.policy == Recompute::up)) {
       Recomputing again(x);  // ep * N rows are not kept: they come once more
       s.arrived.x = send(s, "arrived x", input, Category::workspace);
@@ -190,14 +200,10 @@ struct MoeLayer {
                        return std::pair(dinput, dinput);
                      });
     if (spread()) {
-      auto returned = x.template tensor<Acc>("returned dgates", {ranks.ranks * N, K});
-      x.op("gate gradients", exchange_rows<Device, Acc>, expert_ranks, returned, dgates, s.arrived.counts, K, true,
-           "gate gradients");
-      auto own_dgates = x.template tensor<Acc>("own dgates", {N, K});
-      x.op("own gate gradients", expert_gate_gradients<Device>, own_dgates, returned, s.arrived.position, s.top_k_index,
-           ranks);
-      router_gradients(own_dgates);
+      meet(input, dout);
+      router_gradients(bring_back_gate_gradients(s, dgates));
       bring_back(s, dinput, partial, dinput);
+      meet(partial, {}, dgates);
     }
     if (d_shared) {
       auto dshared = shared().backward(s.shared, input, dout);
@@ -229,6 +235,12 @@ struct MoeLayer {
     x.op("arrivals", expert_arrivals<Device>, choices, s.arrived.gates, plan.offsets, plan.row_slot, all_choices,
          all_gates, ranks);
     s.arrived.position = x.template tensor<int32_t>("position", {N, n}, metadata);
+    if (peers) {
+      s.arrived.source = x.template tensor<int32_t>("source", {M + 1}, metadata);
+      x.op("who fetches what", expert_pull_plan<Device>, s.arrived.source, s.arrived.position, plan.offsets,
+           plan.row_slot, plan.slot_row, ranks);
+      return choices;
+    }
     s.arrived.counts = x.template tensor<int32_t>("exchange counts", {n, n}, metadata);
     x.op("positions", expert_positions<Device>, s.arrived.position, s.arrived.counts, plan.offsets, plan.row_slot,
          plan.slot_row, ranks);
@@ -236,6 +248,11 @@ struct MoeLayer {
   }
   // Sends rows (N,C) to the ranks of their experts; returns what arrives, (M,C).
   Tensor<Real> send(const MoeSaved<Device>& s, const char* name, Tensor<Real> rows, Category category) {
+    if (peers) {
+      auto arrived = x.template tensor<Real>(name, {ranks.M(), router.C}, category);
+      x.op("fetch tokens", expert_pull<Device>, arrived, peers->of(rows), s.arrived.source, router.C, ranks);
+      return arrived;
+    }
     auto packed = x.template tensor<Real>("packed", {ranks.ranks * ranks.N, router.C});
     auto arrived = x.template tensor<Real>(name, {ranks.M(), router.C}, category);
     x.op("pack", expert_pack<Device>, packed, rows, s.arrived.position, router.C, ranks);
@@ -245,11 +262,39 @@ struct MoeLayer {
   }
   // out (N,C) = addend + what each rank's experts made of a token, partial (M,C) on theirs.
   void bring_back(const MoeSaved<Device>& s, Tensor<Real> out, Tensor<Real> partial, Tensor<Real> addend) {
+    if (peers)
+      return x.op("fetch sums", expert_pull_back<Device>, out, peers->of(partial), addend, s.arrived.position, router.C,
+                  ranks);
     auto returned = x.template tensor<Real>("returned", {ranks.ranks * ranks.N, router.C});
     x.op("from experts", exchange_rows<Device, Real>, expert_ranks, returned, partial, s.arrived.counts, router.C, true,
          "tokens from experts");
     x.op("add up", combine<Device>, out, returned, addend, Tensor<Acc>{}, s.arrived.position, router.N, ranks.ranks,
          router.C);
+  }
+  // Those of this rank's choices (N,K), from dgates (M,K) where the experts are.
+  Tensor<Acc> bring_back_gate_gradients(const MoeSaved<Device>& s, Tensor<Acc> dgates) {
+    Tensor<Acc> returned;
+    if (!peers) {
+      returned = x.template tensor<Acc>("returned dgates", {ranks.ranks * ranks.N, ranks.K});
+      x.op("gate gradients", exchange_rows<Device, Acc>, expert_ranks, returned, dgates, s.arrived.counts, ranks.K,
+           true, "gate gradients");
+    }
+    auto own = x.template tensor<Acc>("own dgates", {ranks.N, ranks.K});
+    if (peers)
+      x.op("fetch gate gradients", expert_pull_gate_gradients<Device>, own, peers->of(dgates), s.arrived.position,
+           s.top_k_index, ranks);
+    else
+      x.op("own gate gradients", expert_gate_gradients<Device>, own, returned, s.arrived.position, s.top_k_index,
+           ranks);
+    return own;
+  }
+  // Where rows are fetched: the ranks meet (peer_memory.h). What was fetched since the last meeting stays until this one.
+  void meet(Tensor<Real> fetched = {}, Tensor<Real> fetched_too = {}, Tensor<Acc> gates = {}) {
+    if constexpr (Device::has_graphs)
+      if (peers) x.op("meet", meet_peers, *peers, fetched, fetched_too, gates);
+  }
+  static void meet_peers(Device& dev, const PeerMemory& peers, const Real*, const Real*, const Acc*) {
+    peers.meet(dev);
   }
 
   // Statistics of one group of tokens go through a table of all groups.

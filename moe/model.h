@@ -60,6 +60,8 @@ class Model {
     arena_ = std::make_unique<Arena<Device>>(device_, plan, options.separate_arena);
     x_.run_with(arena_.get());
     device_.status = status_;
+    if constexpr (Device::has_graphs)
+      if (pulls()) peers_.open(device_, arena_->base(), parallel[Group::ep], parallel.world->timeout());
     DeviceStatus no_fault;
     device_.to_device(status_, &no_fault, sizeof no_fault);
     std::vector<double> angles = rope_table(positions_held(), config.head_dim, config.rope_theta);
@@ -255,6 +257,7 @@ class Model {
     return parallel.layout.stage_ranks() > 1 && config.balance == Balance::aux &&
            config.balance_scope == BalanceScope::microbatch;
   }
+  bool pulls() const { return options.transport == Transport::pull; }
   int64_t positions_held() const { return std::max(options.T, options.decode_positions); }
   int64_t classifier_chunk(int64_t N) const {
     int64_t rows = Device::classifier_bytes / (vocabulary_.padded * int64_t(sizeof(Real)));
@@ -266,6 +269,7 @@ class Model {
     auto bytes = [&]<class T>(Tensor<T>& t, const char* name, int64_t n) {
       t = plan.template persistent<T>(name, {n * int64_t(sizeof(T))}, Category::workspace);
     };
+    if (pulls()) peers_.declare(plan);
     bytes(status_, "status", 1), bytes(params_, "params", 1), bytes(stats_, "stats", 1);
     slots_.resize(stage.slots);
     for (Slot& slot : slots_) {
@@ -360,7 +364,7 @@ class Model {
              options.policy(l),
              options.dispatch,
              {weight(b.w13), weight(b.w2), product_grad(b.w13), product_grad(b.w2)},
-             &pass.slot.arrived_rows[l]},
+             pulls() ? nullptr : &pass.slot.arrived_rows[l]},
             weight(b.router),
             grad(b.router),
             bias_[l],
@@ -374,7 +378,8 @@ class Model {
             params_,
             ranks,
             parallel[Group::ep],
-            statistics};
+            statistics,
+            pulls() && ranks.ranks > 1 ? &peers_ : nullptr};
   }
   DenseMlp<Device> dense_mlp(int l, const Pass& pass) {
     const auto& b = buffers_.layers[l];
@@ -643,6 +648,7 @@ class Model {
   Device& device_;
   Executor<Device> x_;
   std::unique_ptr<Arena<Device>> arena_;
+  PeerMemory peers_;  // closes before the arena goes
   std::vector<typename Device::Graph> graphs_;
   ModelBuffers buffers_;
   const HeadShape heads_ = config.heads(options.parallel.layout.tp);  // of this rank

@@ -159,6 +159,10 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option(
       "--row-headroom", o.row_headroom,
       "rows that a rank's experts have memory for, over their share; what exceeds it comes in further passes");
+  app.add_option(
+      "--transport", o.transport,
+      "of tokens between ranks that share experts: pull (GPUs of one host fetch them from each other's memory), "
+      "exchange, or auto (pull where it can be)");
   app.add_option("--comm-timeout", o.comm_timeout, "seconds to wait for another rank before the job ends");
 
   group("Debugging");
@@ -295,10 +299,15 @@ Options parse_options(int argc, char** argv, int processes) {
   check_choice("--dispatch", o.dispatch, {"zero_buffer", "materialized"});
   check_choice("--arena", o.arena, {"planned", "separate"});
   check_choice("--export", o.export_format, {"", "hf"});
+  check_choice("--transport", o.transport, {"auto", "exchange", "pull"});
   check_choice("--experts", o.experts, {"auto", "hopper", "portable"});
   choose_device(o);
   if (o.experts == "hopper" && (o.device != "cuda" || o.dtype != "bf16"))
     fail("--experts hopper: those kernels are for --device cuda --dtype bf16, and this is ", o.device, " ", o.dtype);
+  if (o.transport == "pull" && o.device != "cuda")
+    fail("--transport pull is for GPUs, which fetch from each other's memory; on the CPU use exchange");
+  if (o.transport == "pull" && o.arena == "separate")
+    fail("--transport pull maps a GPU's one arena, and --arena separate has none; use --transport exchange");
   if (!o.grad_dtype.empty() && o.dtype != "bf16")
     fail("--grad-dtype is for --dtype bf16; gradients of ", o.dtype, " weights are ", o.dtype);
   if (o.grad_dtype == "bf16" && o.dtype == "bf16" && o.micro_steps() > 1)

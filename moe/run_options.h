@@ -9,6 +9,10 @@
 #include "moe/expert_parallel.h"
 #include "moe/parallel.h"
 
+// How tokens get to the ranks of their experts: sent, as many as the host has read that there are, or fetched by kernels
+// from memory that is mapped (peer_memory.h), which a captured graph can hold.
+enum class Transport { exchange, pull };
+
 struct RunOptions {
   int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
   int64_t micro_steps = 1;  // micro-batches of a step; micro_step() is to be called so many times
@@ -20,6 +24,7 @@ struct RunOptions {
   bool separate_arena = false;
   bool graphs = true;  // GPU: programs are captured and replayed; off: launched op by op, with the same bits
   bool record_routing = false, replay_routing = false;
+  Transport transport = Transport::exchange;
   double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep, --etp)
   AdamWConfig adamw;
   UpdateRules rules;

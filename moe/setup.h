@@ -12,6 +12,11 @@
 #include "moe/report.h"
 #include "moe/step_log.h"
 
+// Whether programs are to be captured: the exchange of tokens reads its counts on the host.
+inline bool graphs_possible(const Options& o, Transport t) {
+  return !o.no_graphs && (o.layout.ep * o.layout.etp == 1 || t == Transport::pull);
+}
+
 // The plan's options out of the user's.
 inline RunOptions run_options(const Options& o) {
   RunOptions r;
@@ -21,7 +26,8 @@ inline RunOptions run_options(const Options& o) {
   r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
   r.separate_arena = o.arena == "separate";
-  r.graphs = !o.no_graphs && o.layout.ep * o.layout.etp == 1;  // the exchange of tokens reads its counts on the host
+  r.transport = o.transport == "pull" ? Transport::pull : Transport::exchange;  // choose_transport() settles "auto"
+  r.graphs = graphs_possible(o, r.transport);
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
   r.row_headroom = o.row_headroom;
@@ -29,6 +35,29 @@ inline RunOptions run_options(const Options& o) {
   for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
     if (o.recompute == name_of(p)) r.recompute.assign(o.model.n_layer, p);
   return r;
+}
+
+// How tokens get to their experts, and why so. Called by all ranks; a plan alone (no world) takes "auto" for exchange: the
+// two need nearly the same memory.
+template <class Device>
+void choose_transport(Device& dev, const Options& o, RunOptions& run) {
+  if (o.layout.ep * o.layout.etp == 1) return;
+  std::string why = o.transport == "exchange" ? "as asked for" : o.transport == "pull" ? "" : "on the CPU";
+  if constexpr (std::is_base_of_v<GpuBase, Device>)
+    if (const Parallel& p = run.parallel; o.transport != "exchange") {
+      if (o.arena == "separate")
+        why = "--arena separate";
+      else if (o.layout.etp > 1)
+        why = "--etp";  // gate gradients of an expert's parts would have to be added up
+      else if (p.world)
+        why = PeerMemory::problem(dev, *p.world, p[Group::ep], p.host);
+      else if (o.transport == "auto")
+        why = "not known to a plan alone";
+    }
+  if (o.transport == "pull" && !why.empty()) fail("--transport pull: ", why, "; use auto or exchange");
+  run.transport = why.empty() ? Transport::pull : Transport::exchange;
+  run.graphs = graphs_possible(o, run.transport);
+  std::printf("tokens to experts: %s\n", why.empty() ? "pull" : ("exchange (" + why + ")").c_str());
 }
 
 // The model of a checkpoint or Hugging Face directory. What the command line says about the architecture must agree; how

@@ -106,6 +106,7 @@ struct LayerProgram {
         params,
         {1, 0, router.N, router.K, router.E},
         {},
+        {},
         {}};
     saved = {};
     bool keep = id == forward_backward;

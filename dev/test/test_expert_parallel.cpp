@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "moe/expert_pull.h"
+
 #include "dev/test/op_test.h"
 #include "moe/combine.h"
 
@@ -51,6 +53,7 @@ template <class Real>
 struct Rank {
   using Acc = typename Cpu<Real>::Acc;
   std::vector<int32_t> destination, plan_counts, offsets, row_slot, slot_row, index, position, counts;
+  std::vector<int32_t> source, place;  // of those who fetch
   std::vector<Acc> gates;
   DeviceStatus status;
 
@@ -68,8 +71,22 @@ struct Rank {
     expert_arrivals(dev, index.data(), gates.data(), offsets.data(), row_slot.data(), c.choices.data(),
                     all_gates.data(), r);
     expert_positions(dev, position.data(), counts.data(), offsets.data(), row_slot.data(), slot_row.data(), r);
+    source.assign(M + 1, -77), place.assign(c.N * n, -77);
+    expert_pull_plan(dev, source.data(), place.data(), offsets.data(), row_slot.data(), slot_row.data(), r);
   }
 };
+
+// A pointer to each rank's vector.
+template <class T>
+Peers<const T> peers(const std::vector<std::vector<T>>& all) {
+  Peers<const T> p;
+  for (size_t r = 0; r < all.size(); ++r) p.at[r] = all[r].data();
+  return p;
+}
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
 
 // Tokens of the group with an expert on rank d, ascending.
 std::vector<int64_t> tokens_for(const Case& c, int d) {
@@ -131,6 +148,8 @@ TYPED_TEST(ExpertParallel, EveryTokenGoesOnceToEachRankOfItsExperts) {
       }
       EXPECT_LE(sent, c.N * std::min<int64_t>(c.ranks, c.K * c.parts));
       const std::vector<int64_t> arrived = tokens_for(c, rank);
+      EXPECT_EQ(r.source[M], int64_t(arrived.size()));
+      for (int64_t i = 0; i < M; ++i) EXPECT_EQ(r.source[i], i < int64_t(arrived.size()) ? arrived[i] : -1);
       for (int64_t i = 0; i < M; ++i)
         for (int64_t k = 0; k < c.K; ++k) {
           const int64_t slot = i < int64_t(arrived.size()) ? arrived[i] * c.K + k : -1;
@@ -193,6 +212,13 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
     }
     exchange(c, counts, returned, partial, C, true);
     exchange(c, counts, returned_dgates, dgates, c.K, true);
+    std::vector<std::vector<Real>> own_x;
+    for (int r = 0; r < c.ranks; ++r) own_x.emplace_back(x.begin() + r * c.N * C, x.begin() + (r + 1) * c.N * C);
+    for (int r = 0; r < c.ranks; ++r) {
+      auto fetched = poisoned<Real>(M * C);
+      expert_pull(dev, fetched.data(), peers(own_x), ranks[r].source.data(), C, of_rank(c, r));
+      EXPECT_TRUE(same_bits(fetched, arrived[r]));  // past the end both are untouched
+    }
     for (int r = 0; r < c.ranks; ++r) {
       auto out = poisoned<Real>(c.N * C);
       combine(dev, out.data(), returned[r].data(), residual.data() + r * c.N * C, static_cast<const Acc*>(nullptr),
@@ -213,6 +239,15 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
           EXPECT_EQ(own[t * c.K + k], c.choices[at * c.K + k] < 0 ? Acc(0) : Acc(at * c.K + k + 1));
       }
       EXPECT_CLOSE(out, expected, tolerance<Real>(4));
+      // The same bits where the ranks fetch.
+      auto fetched = poisoned<Real>(c.N * C);
+      expert_pull_back(dev, fetched.data(), peers(partial), residual.data() + r * c.N * C, ranks[r].place.data(), C,
+                       of_rank(c, r));
+      EXPECT_TRUE(same_bits(fetched, out));
+      auto fetched_dgates = poisoned<Acc>(c.N * c.K);
+      expert_pull_gate_gradients(dev, fetched_dgates.data(), peers(dgates), ranks[r].place.data(),
+                                 c.choices.data() + r * c.N * c.K, of_rank(c, r));
+      EXPECT_TRUE(same_bits(fetched_dgates, own));
     }
   }
 }

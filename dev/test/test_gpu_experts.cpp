@@ -278,6 +278,30 @@ TYPED_TEST(GpuExperts, NanAroundAnExpertDoesNotReachIt) {
     for (bool materialised : {false, true}) check_neighbours<TypeParam>(c, {materialised, false});
 }
 
+// What a further pass adds: as combine() in place; nothing is read or written where it has no rows.
+TYPED_TEST(GpuExperts, FurtherRowsSmall) {
+  for (const Case& c :
+       {Case{random_routing(40, 2, 4), 9, 40, 0}, Case{without_every_third(random_routing(30, 3, 5)), 0, 37, 0}}) {
+    SCOPED_TRACE(c.text());
+    const int64_t N = c.routing.N, K = c.routing.K, C = c.C;
+    const HostPlan plan(c.routing, c.capacity);
+    expect_calibrated<TypeParam>([&]<class D>(Buffers<D>& b) {
+      auto *rows = b.real("rows", N * K * C), *addend = b.real("addend", N * C);
+      auto* gates = b.acc("gates", N * K);
+      auto* slot_row = b.upload(plan.slot_row);
+      for (bool gated : {true, false}) {
+        auto *in_place = b.inout("in place", random_values("addend", N * C)), *out = b.out("combine", N * C);
+        combine(b.dev, out, rows, addend, gated ? gates : nullptr, slot_row, N, K, C);
+        combine_more(b.dev, in_place, rows, gated ? gates : nullptr, slot_row, b.upload(plan.offsets) + c.routing.E, N,
+                     K, C);
+        EXPECT_TRUE(bits_of(b.read(in_place)) == bits_of(b.read(out)));
+      }
+      combine_more(b.dev, b.out("alone", N * C, Output::exact, 0), rows, gates, slot_row,
+                   b.upload(std::vector<int32_t>{0}), N, K, C);
+    });
+  }
+}
+
 TEST_F(Gpu16, ExpertGradientsAreRoundedOnceSmall) {
   const Case c{random_routing(150, 2, 4), 60, 40, 24};
   const ExpertShape s{300, 2, 4, 40, 24};

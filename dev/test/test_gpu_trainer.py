@@ -4,19 +4,37 @@ wrote is read on the CPU; what a GPU cannot do is refused in one line.
 TRAINER=build/train_gpt_moe TRAINER_DEVICE=cuda python3 dev/test/test_gpu_trainer.py   (skipped without TRAINER_DEVICE)"""
 
 import re
+import shutil
+import socket
+import subprocess
 import sys
 import unittest
 from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from trainer import DEVICE, TrainerTest  # noqa: E402
+from trainer import DEVICE, ENV, TrainerTest, command  # noqa: E402
 
 BF16 = ("--dtype", "bf16")
 
 
+def gpus():
+    if DEVICE != "cuda" or not shutil.which("nvidia-smi"):
+        return 0
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+
+class GpuTrainerTest(TrainerTest):
+    def assert_same_training(self, one, other):
+        """Weights, moments and losses; the memory that a step takes may differ."""
+        a, b = self.checkpoint(one), self.checkpoint(other)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            self.assertTrue((a / name).read_bytes() == (b / name).read_bytes(), f"{name} of {a} and {b} differ")
+        self.assertEqual(self.losses(one), self.losses(other))
+
+
 @unittest.skipUnless(DEVICE == "cuda", "TRAINER_DEVICE is not cuda")
-class OnTheGpu(TrainerTest):
+class OnTheGpu(GpuTrainerTest):
     def test_same_bits_whatever_way(self):
         for dtype in ("bf16", "fp32"):
             steps = ("--dtype", dtype, "--steps", 6, "--total-batch-tokens", 128)
@@ -25,13 +43,6 @@ class OnTheGpu(TrainerTest):
                          ("--recompute", "auto", "--memory-budget", 1), ("--dispatch", "materialized")):
                 with self.subTest(dtype, more=more):
                     self.assert_same_training(want, self.trained(*steps, *more, out=f"{dtype} {' '.join(map(str, more))}"))
-
-    def assert_same_training(self, one, other):
-        """Weights, moments and losses; the memory that a step takes may differ."""
-        a, b = self.checkpoint(one), self.checkpoint(other)
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            self.assertTrue((a / name).read_bytes() == (b / name).read_bytes(), f"{name} of {a} and {b} differ")
-        self.assertEqual(self.losses(one), self.losses(other))
 
     def test_resume_gives_the_same_bits(self):
         for dtype in ("bf16", "fp32"):
@@ -83,6 +94,46 @@ class OnTheGpu(TrainerTest):
     def test_what_a_gpu_cannot_do(self):
         self.refused(self.training(*BF16, "--head-dim", 24, "--steps", 1), "--head-dim 24", "16, 32, 64, 96 or 128")
         self.refused(self.training("--dtype", "fp64", "--device", "cuda", "--steps", 1), "--dtype fp64", "--device cpu")
+
+
+@unittest.skipUnless(gpus() >= 2, "there are no two GPUs")
+class OnTwoGpus(GpuTrainerTest):
+    """Experts on two GPUs: the same bits by either transport, with graphs and without, whatever is kept for backward, and where
+    rows take several passes."""
+
+    def on_two(self, *more, out):
+        """Output of rank 0, and the run's directory."""
+        args = self.training("--dp", 2, "--ep", 2, "--comm-timeout", 60, *more, out=out)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = [subprocess.Popen(command(args), env={**env, "RANK": str(r)}, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for r in range(2)]
+        try:
+            texts = [p.communicate(timeout=120) for p in ranks]
+        finally:
+            for p in ranks:
+                p.kill()
+        self.assertEqual([(p.returncode, error) for p, (_, error) in zip(ranks, texts)], [(0, ""), (0, "")], args)
+        return texts[0][0], self.path(out)
+
+    def test_same_bits_by_either_transport(self):
+        settings = [(*BF16, *more) for more in ((), ("--recompute", "none"), ("--recompute", "up"), ("--recompute", "block"), ("--dispatch", "materialized"),
+                                                ("--row-headroom", 0.4), ("--total-batch-tokens", 512), ("--d-shared", 16, "--d-model", 40))]
+        settings += [("--dtype", "fp32", *more) for more in ((), ("--recompute", "block"), ("--row-headroom", 0.4))]
+        for setting in settings:
+            steps, name = ("--steps", 6, "--val-data", self.val, *setting), " ".join(map(str, setting))
+            output, want = self.on_two(*steps, "--transport", "exchange", out=name + " exchange")
+            self.assertIn("tokens to experts: exchange", output)
+            for more in ((), ("--no-graphs",)) if len(setting) == 2 else ((),):
+                with self.subTest(setting=setting, more=more):
+                    output, run = self.on_two(*steps, "--transport", "pull", *more, out=name + " ".join(more))
+                    self.assertIn("tokens to experts: pull", output)
+                    self.assert_same_training(want, run)
+                    self.assertEqual(self.validation(want), self.validation(run))
+
+    def validation(self, run):
+        return [r["val_loss"] for r in self.records(run) if "val_loss" in r]
 
 
 if __name__ == "__main__":
