@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -15,16 +16,19 @@
 
 inline bool is_spawned_rank() { return std::getenv("SPAWNED_RANK") != nullptr; }
 
+// One that nobody listens at, below those (32768 and up) that the system gives to outgoing connections: such a one could be
+// taken before the first rank listens there.
 inline int free_port() {
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address = {};
-  address.sin_family = AF_INET, address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  if (fd < 0 || bind(fd, reinterpret_cast<sockaddr*>(&address), size) ||
-      getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size))
-    fail("no free port on this machine");
-  close(fd);
-  return ntohs(address.sin_port);
+  std::random_device random;
+  for (int attempt = 0; attempt < 1000; ++attempt) {
+    const int port = 20000 + int(random() % 12768), fd = socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in address = {};
+    address.sin_family = AF_INET, address.sin_addr.s_addr = htonl(INADDR_LOOPBACK), address.sin_port = htons(port);
+    const bool free = fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+    if (fd >= 0) close(fd);
+    if (free) return port;
+  }
+  fail("no free port on this machine");
 }
 
 // The exit status of each of n ranks, which run with these arguments for `seconds` at most.
@@ -42,6 +46,7 @@ inline std::vector<int> spawn_ranks(int n, std::vector<std::string> args, unsign
     setenv("SPAWNED_RANK", "1", 1), setenv("MASTER_ADDR", "127.0.0.1", 1);
     setenv("RANK", std::to_string(r).c_str(), 1), setenv("WORLD_SIZE", std::to_string(n).c_str(), 1);
     setenv("MASTER_PORT", std::to_string(port).c_str(), 1);
+    setenv("OMP_NUM_THREADS", "1", 0);  // ranks that each took all processors would wait for each other's threads
     args.insert(args.begin(), "rank");
     std::vector<char*> argv;
     for (std::string& a : args) argv.push_back(a.data());

@@ -27,7 +27,10 @@ trap 'rm -rf "$WORK"' EXIT
 rm -rf "$WORK" && mkdir -p "$WORK"
 
 python3 - <<'PYTHON'
-import array, datetime, json, os, random, re, socket, statistics, subprocess, sys, time
+import array, datetime, json, os, random, re, statistics, subprocess, sys, time
+sys.dont_write_bytecode = True
+sys.path.insert(0, "dev/test")
+from ports import free_port
 env = os.environ
 steps, warmup, limit, device = int(env["STEPS"]), int(env["WARMUP"]), float(env["LIMIT"]), env["DEVICE"]
 LAYOUTS = {"one": [], "dp2": ["--dp", "2"], "ep2-exchange": ["--dp", "2", "--ep", "2", "--transport", "exchange"],
@@ -71,9 +74,7 @@ def measure(shape, B, T, run):
                "--val-data", "", "--steps", str(4 * steps), "--out", out, *LAYOUTS[run], *env["OPTIONS"].split()]
     clean = {k: v for k, v in env.items() if not re.match("OMPI_|PMI|SLURM_|RANK$|WORLD_SIZE$|MASTER_", k)}
     if n > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            clean.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        clean.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     began, records = time.monotonic(), []
     with open(out + ".txt", "w") as said:
         ranks = [subprocess.Popen(command, env={**clean, "RANK": str(r)} if n > 1 else clean, stdout=said, stderr=said) for r in range(n)]

@@ -8,9 +8,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import unittest
 from pathlib import Path
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ports import free_port  # noqa: E402
 
 PROGRAM = Path(os.environ.get("TEST_COMM", "build/test_comm")).resolve()
 MPIRUN = shutil.which("mpirun")
@@ -38,9 +43,7 @@ class Job:
             command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(n), PROGRAM, *args]
             processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
         else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                env.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+            env.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
             processes = [subprocess.Popen([PROGRAM, *args], env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                          for r in range(n)]
         try:

@@ -5,7 +5,6 @@ TRAINER=build/train_gpt_moe TRAINER_DEVICE=cuda python3 dev/test/test_gpu_traine
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import unittest
@@ -13,6 +12,7 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ports import free_port  # noqa: E402
 from trainer import DEVICE, ENV, TrainerTest, command  # noqa: E402
 
 BF16 = ("--dtype", "bf16")
@@ -104,9 +104,7 @@ class OnTwoGpus(GpuTrainerTest):
     def on_two(self, *more, out):
         """Output of rank 0, and the run's directory."""
         args = self.training("--dp", 2, "--ep", 2, "--comm-timeout", 60, *more, out=out)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [subprocess.Popen(command(args), env={**env, "RANK": str(r)}, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                  for r in range(2)]
         try:

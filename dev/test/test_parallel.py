@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ports import free_port  # noqa: E402
 from trainer import ENV, TRAINER, Safetensors, TrainerTest, command  # noqa: E402
 
 CLEAN = {k: v for k, v in ENV.items() if not re.match("OMPI_|PMI|SLURM_|RANK$|WORLD_SIZE$|MASTER_", k)}
@@ -61,9 +61,7 @@ class Job:
             start = [MPIRUN, "--mca", "odls_base_sigkill_timeout", "2", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(n)]
             self.processes = [subprocess.Popen([*start, *command(args)], env=CLEAN, **run)]
         else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                env = {**CLEAN, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            env = {**CLEAN, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             self.processes = [subprocess.Popen(command(args), env={**env, "RANK": str(r)}, **run) for r in range(n)]
 
     def finish(self):
