@@ -129,9 +129,11 @@ class Trainer {
         (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(),
         (long long)o_.seq_len, (long long)total_steps_, (long long)o_.total_batch_tokens,
         readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
-    if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0)
+    if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0) {
+      const double measured = watched("a trial step", [&] { return measured_recompute_share(dev_, model_); });
       std::printf("recomputation: %.1f %% more operations predicted, %.1f %% more time measured\n",
-                  100 * recomputed_share(o_.model, model_.options), 100 * measured_recompute_share(dev_, model_));
+                  100 * recomputed_share(o_.model, model_.options), 100 * measured);
+    }
     std::fflush(stdout);
   }
 
@@ -210,8 +212,7 @@ class Trainer {
     p.loss_scale = 1.0 / double(o_.total_batch_tokens);
     p.micro_step_scale = 1.0 / double(o_.micro_steps() * o_.layout.stage_ranks());
     if (pending_.empty()) step_began_ = Clock::now();
-    model_.set_params(p);
-    model_.start_step();
+    watched("the start of a step", [&] { model_.set_params(p), model_.start_step(); });
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
     const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // micro-batches taken before
     // Of the micro-batches that all ranks take in this step, those of this rank.
@@ -226,12 +227,13 @@ class Trainer {
     };
     auto guarded = [&](auto f) { watched("a micro-step", f); };
     if (!model_.stage.alone()) run_pipeline(model_, begin, guarded);
-    for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i) {
-      begin(i);
-      guarded([&] { model_.micro_step(); });
-      routing(all + micro(i), false, 0);
-    }
-    model_.update();
+    for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i)
+      guarded([&] {
+        begin(i);
+        model_.micro_step();
+        routing(all + micro(i), false, 0);
+      });
+    watched("an update", [&] { model_.update(); });
     ++step_;
     next_sample_ += samples_per_step_;
     pending_.push_back({step_, p.learning_rate, model_.fetch_results()});
@@ -335,6 +337,7 @@ class Trainer {
         return model_.read_stats().loss;
       });
     }
+    check_status(step_, model_.read_status());
     if (!parallel().alone()) sum = parallel().host.sum(sum, "validation loss");
     double loss = sum / double(val_->eval_targets());
     log_.validation(step_, loss);

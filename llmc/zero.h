@@ -29,8 +29,8 @@ class UpdateTraffic {
     for (int first = 0, last = 0; first < int(buffers.size()); first = last) {
       for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
         const Homes& h = buffers[last].homes;
-        elements +=
-            std::max(h.bounds.back(), buffers[last].rows) * h.slabs * buffers[last].cols;  // on every rank the same
+        // (The same on all ranks of a stage. The ends of a pipeline share one buffer alone.)
+        elements += std::max(h.bounds.back(), buffers[last].rows) * h.slabs * buffers[last].cols;
       }
       all.emplace_back(table, first, last, comms);
     }
