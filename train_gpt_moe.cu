@@ -236,7 +236,7 @@ class Trainer {
     watched("an update", [&] { model_.update(); });
     ++step_;
     next_sample_ += samples_per_step_;
-    pending_.push_back({step_, p.learning_rate, model_.fetch_results()});
+    pending_.push_back({step_, p.learning_rate, model_.fetch_results(), Clock::now()});
     while (pending_.size() > 1) report_step();
   }
 
@@ -249,9 +249,9 @@ class Trainer {
     StepReport r;
     r.step = pending.step, r.total_steps = total_steps_, r.learning_rate = pending.learning_rate;
     r.stats = results.stats;
-    auto now = Clock::now();
-    r.milliseconds = std::chrono::duration<double, std::milli>(now - step_began_).count();
-    step_began_ = now;
+    const auto now = Clock::now(), ended = Device::has_graphs ? now : pending.put;
+    r.milliseconds = std::chrono::duration<double, std::milli>(ended - step_began_).count();
+    step_began_ = ended;
     r.tokens_per_s = double(o_.total_batch_tokens) / r.milliseconds * 1e3;
     r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / (peak_ * o_.world);
     r.memory_bytes = size_t(memory_bytes_);
@@ -391,6 +391,7 @@ class Trainer {
     int64_t step;
     double learning_rate;
     std::function<typename Model<Device>::StepResults()> results;
+    Clock::time_point put;  // on the device, which without graphs means done
   };
   std::deque<Pending> pending_;
   Clock::time_point step_began_, shown_;
