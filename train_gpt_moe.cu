@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 
+#include "llmc/console.h"
 #include "llmc/dataloader.h"
 #include "llmc/gpu.h"
 #include "llmc/logger.h"
@@ -30,7 +31,11 @@ template <class Device>
 class Trainer {
  public:
   Trainer(Device& dev, const Options& o, const RunOptions& run, const ModelFileInfo& info)
-      : o_(o), dev_(dev), model_(dev, o.model, run), info_(info), terminal_(isatty(STDOUT_FILENO)) {}
+      : o_(o),
+        dev_(dev),
+        model_(dev, o.model, run),
+        info_(info),
+        console_(STDOUT_FILENO, isatty(STDOUT_FILENO) && o.world == 1) {}
   const Parallel& parallel() const { return model_.parallel; }
 
   // Everything that can be refused is, before anything is written. known_tokenizer: info has that of an existing model.
@@ -99,16 +104,16 @@ class Trainer {
       if (s.seq_len != o_.seq_len)
         fail("--seq-len ", o_.seq_len, " differs from the run's ", s.seq_len, "; the order of samples would change");
       if (s.total_steps != total_steps_)
-        std::printf("note: the schedule had %lld steps, now %lld\n", (long long)s.total_steps, (long long)total_steps_);
+        console_.line("note: the schedule had %lld steps, now %lld", (long long)s.total_steps, (long long)total_steps_);
       if (s.total_batch_tokens != o_.total_batch_tokens)
-        std::printf("note: a step had %lld tokens, now %lld\n", (long long)s.total_batch_tokens,
-                    (long long)o_.total_batch_tokens);
+        console_.line("note: a step had %lld tokens, now %lld", (long long)s.total_batch_tokens,
+                      (long long)o_.total_batch_tokens);
       if (s.dtype != model_files::torch_dtype<Device>())
-        std::printf("note: the run was in %s, now %s\n", s.dtype.c_str(), model_files::torch_dtype<Device>());
+        console_.line("note: the run was in %s, now %s", s.dtype.c_str(), model_files::torch_dtype<Device>());
       load_weights(model_, dir, model_type);
       load_optimizer(model_, dir);
       step_ = s.step, next_sample_ = s.next_sample;
-      std::printf("resumed from %s\n", dir.c_str());
+      console_.line("resumed from %s", dir.c_str());
     } else if (!o_.init_from.empty()) {
       load_weights(model_, source, model_type);
     } else {
@@ -123,24 +128,23 @@ class Trainer {
     if (parallel().lead()) log_ = Logger(o_.out, o_.resume);
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
-    std::printf(
+    console_.line(
         "%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s "
-        "allocated | matmul peak %.0f GFLOP/s\n",
+        "allocated | matmul peak %.0f GFLOP/s",
         (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(),
         (long long)o_.seq_len, (long long)total_steps_, (long long)o_.total_batch_tokens,
         readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
     if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0) {
       const double measured = watched("a trial step", [&] { return measured_recompute_share(dev_, model_); });
-      std::printf("recomputation: %.1f %% more operations predicted, %.1f %% more time measured\n",
-                  100 * recomputed_share(o_.model, model_.options), 100 * measured);
+      console_.line("recomputation: %.1f %% more operations predicted, %.1f %% more time measured",
+                    100 * recomputed_share(o_.model, model_.options), 100 * measured);
     }
-    std::fflush(stdout);
   }
 
   void train() {
     int64_t end = last_step();
     if (step_ >= end) {
-      std::printf("nothing to do: %lld steps of %lld are done\n", (long long)step_, (long long)end);
+      console_.line("nothing to do: %lld steps of %lld are done", (long long)step_, (long long)end);
       return;
     }
     int64_t saved = o_.resume ? step_ : -1;
@@ -157,7 +161,7 @@ class Trainer {
     report_all();
     if (saved != step_) save();
     if (record_) record_->close();
-    if (stop() && step_ < end) std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
+    if (stop() && step_ < end) console_.line("stopped by a signal after step %lld; --resume goes on", (long long)step_);
   }
 
  private:
@@ -259,12 +263,13 @@ class Trainer {
     r.skipped = skip_reason(r.stats);
     log_.train(r.step, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
-    if (terminal_) {  // which may be slower than steps are
-      const bool due = now - shown_ > std::chrono::milliseconds(100) || r.step == last_step() || !r.skipped.empty();
-      if (due) shown_ = now, std::printf("\r\033[K%s", step_line(r, last_step()).c_str());
-    } else if (r.step == 1 || r.step % 10 == 0 || r.step == last_step() || !r.skipped.empty())
-      std::printf("%s\n", step_line(r, 0).c_str());
-    std::fflush(stdout);
+    // A terminal may be slower than steps are.
+    const bool due =
+        console_.terminal() ? now - shown_ > std::chrono::milliseconds(100) : r.step == 1 || r.step % 10 == 0;
+    if (due || r.step == last_step() || !r.skipped.empty()) {
+      shown_ = now;
+      console_.progress(step_line(r, console_.terminal() ? last_step() : 0));
+    }
   }
   void report_all() {
     while (!pending_.empty()) report_step();
@@ -323,6 +328,7 @@ class Trainer {
     double sum = 0;
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
     for (int64_t first = 0; first < val_->eval_windows(); first += o_.batch_size * o_.layout.dp) {
+      if (stop()) return;
       const int64_t w = first + parallel().here.dp * o_.batch_size;
       for (int64_t b = 0; b < o_.batch_size; ++b) {
         int32_t *in = &tokens[b * o_.seq_len], *out = &targets[b * o_.seq_len];
@@ -342,10 +348,9 @@ class Trainer {
     double loss = sum / double(val_->eval_targets());
     log_.validation(step_, loss);
     log_.record({{"step", step_}, {"val_loss", loss}});
-    std::printf("%sstep %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s\n", terminal_ ? "\r\033[K" : "",
-                (long long)step_, (long long)total_steps_, loss, (long long)val_->eval_targets(),
-                std::chrono::duration<double>(Clock::now() - begin).count());
-    std::fflush(stdout);
+    console_.line("step %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s", (long long)step_,
+                  (long long)total_steps_, loss, (long long)val_->eval_targets(),
+                  std::chrono::duration<double>(Clock::now() - begin).count());
   }
 
   void sample() {
@@ -356,27 +361,25 @@ class Trainer {
         return id < tokenizer_->eot();
       });
     } catch (const Error& e) {  // logits that are not finite: no reason to end the run here
-      std::printf("%sno sample at step %lld: %s\n", terminal_ ? "\r\033[K" : "", (long long)step_, e.what());
+      console_.line("no sample at step %lld: %s", (long long)step_, e.what());
       return;
     }
     if (!ids.empty() && ids.back() >= tokenizer_->eot()) ids.pop_back();
-    std::printf("%s--- sample at step %lld\n%s%s\n---\n", terminal_ ? "\r\033[K" : "", (long long)step_,
-                o_.prompt.c_str(), tokenizer_->decode(ids).c_str());
-    std::fflush(stdout);
+    console_.line("--- sample at step %lld\n%s%s\n---", (long long)step_, o_.prompt.c_str(),
+                  tokenizer_->decode(ids).c_str());
   }
 
   void save() {
     TrainerState s{step_, next_sample_, o_.seed, total_steps_, o_.total_batch_tokens, o_.seq_len};
     std::string dir = save_checkpoint(model_, o_.out, s, info_, o_.keep);
-    std::printf("%ssaved %s\n", terminal_ ? "\r\033[K" : "", dir.c_str());
-    std::fflush(stdout);
+    console_.line("saved %s", dir.c_str());
   }
 
   const Options& o_;
   Device& dev_;
   Model<Device> model_;
   ModelFileInfo info_;
-  bool terminal_;
+  Console console_;
   std::unique_ptr<DataLoader> train_, val_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::vector<int32_t> prompt_;
