@@ -382,7 +382,7 @@ class Ends(ParallelTest):
     @unittest.skipIf(not MPIRUN, "no mpirun, or built without MPI")
     def test_the_launcher_is_stopped(self):
         """mpirun stops reading what is printed, waits for a while, passes the signal on, waits again, and kills."""
-        job = self.start("mpi", 4, 2, out="run", patience=15)  # the ranks' checkpoint may take seconds on a loaded machine
+        job = self.start("mpi", 4, 2, out="run", patience=10)  # the ranks' checkpoint may take seconds on a loaded machine
         job.processes[0].send_signal(signal.SIGTERM)
         job.finish()
         self.assertLess(job.seconds, 60)
