@@ -138,22 +138,23 @@ EventSummary& EventSummary::scalar(std::string_view tag, double number) {
 }
 
 EventSummary& EventSummary::counts(std::string_view tag, std::span<const int32_t> counts) {
-  double first = -1, last = 0, number = 0, sum = 0, squares = 0;
-  for (size_t i = 0; i < counts.size(); ++i) {
-    if (counts[i] == 0) continue;
+  size_t first = 0, end = counts.size();  // of the buckets in use: what lies outside would have no width
+  while (first < end && counts[first] == 0) ++first;
+  while (first < end && counts[end - 1] == 0) --end;
+  if (first == end) return *this;
+  double number = 0, sum = 0, squares = 0;
+  for (size_t i = first; i < end; ++i) {
     const double n = counts[i], x = double(i);
-    if (first < 0) first = x;
-    last = x, number += n, sum += n * x, squares += n * x * x;
+    number += n, sum += n * x, squares += n * x * x;
   }
-  if (number == 0) return *this;
   std::string histogram, content;
-  put_number(histogram, 1, first);  // TensorBoard takes min and max for the outer edges of the outer buckets in use
-  put_number(histogram, 2, last + 1);
+  put_number(histogram, 1, double(first));  // TensorBoard takes min and max for the outer edges
+  put_number(histogram, 2, double(end));
   put_number(histogram, 3, number);
   put_number(histogram, 4, sum);
   put_number(histogram, 5, squares);
-  put_numbers(histogram, 6, counts.size(), [](size_t i) { return i + 1; });  // upper edges
-  put_numbers(histogram, 7, counts.size(), [&](size_t i) { return counts[i]; });
+  put_numbers(histogram, 6, end - first, [&](size_t i) { return first + i + 1; });  // upper edges
+  put_numbers(histogram, 7, end - first, [&](size_t i) { return counts[first + i]; });
   put_bytes(content, 5, histogram);
   value(tag, content);
   return *this;

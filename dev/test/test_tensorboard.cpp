@@ -48,18 +48,17 @@ TEST(TensorBoard, Crc32c) {  // RFC 3720, appendix B.4
   EXPECT_EQ(crc32c(std::string(32, '\xff')), 0x62a8ab43u);
 }
 
-// As written by TensorBoard 2.20: record_writer.RecordWriter of Event(...).SerializeToString() of its compat.proto.
+// As written by TensorBoard 2.21: record_writer.RecordWriter of Event(...).SerializeToString() of its compat.proto.
 TEST(TensorBoard, TheBytesOfTensorBoard) {
   EventSummary summary;
   const std::vector<int32_t> load = {0, 200, 60, 40, 0}, none = {0, 0};
   summary.scalar("loss", 5.5).scalar("lr", 0).counts("expert_load/layer_0", load).counts("expert_load/layer_1", none);
   EXPECT_EQ(
       tfrecord(event(1700000000.25, 300, summary)),
-      from_hex("c300000000000000b2dded730900001040fc54d94110ac022ab4010a0b0a046c6f7373150000b0400a090a026c7215000000"
-               "000a99010a136578706572745f6c6f61642f6c617965725f302a810109000000000000f03f11000000000000104019000000"
-               "0000c07240210000000000807b402900000000000089403228000000000000f03f0000000000000040000000000000084000"
-               "0000000000104000000000000014403a28000000000000000000000000000069400000000000004e40000000000000444000"
-               "00000000000000262a0dd5"));
+      from_hex("a10000000000000002e3241b0900001040fc54d94110ac022a92010a0b0a046c6f7373150000b0400a090a026c7215000000"
+               "000a780a136578706572745f6c6f61642f6c617965725f302a6109000000000000f03f110000000000001040190000000000"
+               "c07240210000000000807b4029000000000000894032180000000000000040000000000000084000000000000010403a1800"
+               "000000000069400000000000004e40000000000000444027cb81b4"));
 }
 
 TEST(TensorBoard, FilesOfARunThatIsResumed) {
