@@ -27,7 +27,7 @@ CSS = "".join([
     "svg{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;font-size:11px}",
     "svg text{fill:var(--soft)}svg .mute{fill:var(--mute)}svg .ink{fill:var(--ink)}svg .title{fill:var(--ink);font-size:14px;font-weight:600}",
     ".grid{stroke:var(--grid)}.axis{stroke:var(--axis)}.frame{fill:var(--card)}.back{fill:var(--page)}",
-    ".line{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}.band{stroke:none;opacity:.16}.dot{stroke:var(--card);stroke-width:1.5}",
+    ".line{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}.band{stroke:none;opacity:.16}.dot{stroke:var(--card);stroke-width:1.5}.halo{paint-order:stroke;stroke:var(--card);stroke-width:4px}",
     "svg .on{fill:#fff}svg .dark{fill:#14140f}.less{fill:var(--less)}.more{fill:var(--more)}.peer{fill:var(--peer)}.border{fill:none;stroke:var(--grid)}",
     *(f".s{i}{{stroke:var(--s{i})}}.f{i}{{fill:var(--s{i})}}" for i in range(8)), *(f".m{i}{{fill:var(--m{i})}}" for i in range(6))])
 
@@ -157,7 +157,7 @@ def line_chart(name, title, note, series, span, zero=False, clip=False, dots=Fal
     chart.body.append("</g>")
     above = max(known, key=highest)
     if highest(above) > high:
-        chart.text(LEFT + PLOT - 4, TOP + 8, f"cut off above: up to {short(highest(above))}, near step {above[0]:.0f}", "mute", "end")
+        chart.text(LEFT + PLOT - 4, TOP + 8, f"cut off above: up to {short(highest(above))}, near step {above[0]:.0f}", "mute halo", "end")
     digits = lambda value: None if value is None else float(f"{value:.6g}")
     chart.hover = {"kind": "line", "first": span[0], "last": span[1], "left": LEFT, "plot": PLOT, "top": TOP, "bottom": bottom, "low": low, "high": high,
                    "runs": [{"run": run, "points": [[digits(v) for v in (p if p[2] != p[3] else p[:2])] for p in points]} for run, points in series]}

@@ -1,11 +1,14 @@
 """Logs as the trainer writes them, and scripts/plot.py run on them. Shared by the tests of its page."""
 import json
 import math
+import os
 import random
+import struct
 import subprocess
 import sys
 import tempfile
 import unittest
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,6 +23,17 @@ def step_record(step, seed=0, layers=2, experts=4, **more):
     load = [[100 * (e + l + 1) for e in range(experts)] for l in range(layers)]
     return {"step": step, "loss": 2 + 3 / step + seed, "aux_loss": 0.04, "lr": 1e-3, "grad_norm": 1 / step, "tokens_per_s": 1000.0 + step,
             "load_max_over_mean": 1.5, "expert_load": load, **more}
+
+
+def colors_of(png):
+    """How many different colours a true-colour PNG file has; rows that are coded by difference count too."""
+    raw, at, data = png.read_bytes(), 8, b""
+    while at < len(raw):
+        size, kind = struct.unpack(">I4s", raw[at:at + 8])
+        data += raw[at + 8:at + 8 + size] if kind == b"IDAT" else b""
+        at += size + 12
+    pixels = zlib.decompress(data)
+    return len({pixels[i:i + 3] for i in range(1, len(pixels), 3)})
 
 
 class PageTest(unittest.TestCase):
@@ -50,8 +64,10 @@ class PageTest(unittest.TestCase):
                     file.write(json.dumps({"step": step, "val_loss": 2.1 + 0.1 * seed + 4 * falling}) + "\n")
         return folder
 
-    def plot(self, *args):
-        return subprocess.run([sys.executable, str(ROOT / "scripts" / "plot.py"), *map(str, args)], capture_output=True, text=True)
+    def plot(self, *args, path=None):
+        """path: another PATH, to find programs."""
+        env = {**os.environ, **({} if path is None else {"PATH": path})}
+        return subprocess.run([sys.executable, str(ROOT / "scripts" / "plot.py"), *map(str, args)], capture_output=True, text=True, env=env)
 
     def drawn(self, *args):
         """The page as text."""

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Tests of scripts/plot.py RUN... but for what needs a browser (test_run_page_browser.py). Standard library only."""
+"""Tests of scripts/plot.py RUN... but for what needs a browser (test_run_page_browser.py) or makes PNG files
+(test_run_page_png.py). Standard library only."""
 import base64
 import json
 import re
-import shutil
-import struct
 import sys
 import unittest
 import xml.etree.ElementTree as xml
@@ -138,27 +137,9 @@ class Page(PageTest):
             self.assertTrue(all(low - 1e-12 <= v <= high + 1e-12 for v in values))
 
 
-class Pictures(PageTest):
-    def test_png(self):
-        runs = [self.run_of(name, [step_record(s) for s in range(1, 11)] + [{"step": 10, "val_loss": 2.5}]) for name in "ab"]
-        result = self.plot(*runs, "--html", self.folder / "p.html", "--png", self.folder / "png")
-        if not shutil.which("rsvg-convert"):
-            self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1))
-            self.assertIn("librsvg2-bin", result.stderr)
-            return
-        self.assertEqual((result.returncode, result.stderr), (0, ""))
-        names = {path.stem for path in (self.folder / "png").iterdir()}
-        self.assertLessEqual({"all", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "load-0", "load-1", "memory", "ladder-roofline"}, names)
-        for path in (self.folder / "png").iterdir():
-            raw = path.read_bytes()
-            self.assertEqual(raw[:8], b"\x89PNG\r\n\x1a\n")
-            self.assertTrue(all(n > 100 for n in struct.unpack(">II", raw[16:24])), path)
-        self.assertGreater((self.folder / "png" / "all.png").stat().st_size, 20000)
-
-
 class Refused(PageTest):
-    def refused(self, *args):
-        result = self.plot(*args)
+    def refused(self, *args, **environment):
+        result = self.plot(*args, **environment)
         self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (1, "", 1), result.stderr)
         self.assertEqual(list(self.folder.rglob("*.html")), [])
         return result.stderr.strip()
@@ -196,6 +177,7 @@ class Refused(PageTest):
         run = self.run_of("a", self.GOOD)
         self.assertIn("is named twice", self.refused(run, run))
         self.assertIn("at most 8", self.refused(*[run] * 9))
+        self.assertIn("librsvg2-bin", self.refused(run, "--png", self.folder / "png", path=""))
         self.assertIn("cannot write", self.refused(run, "--html", self.folder / "none" / "page"))
         for text in ("{", "[]", json.dumps(dict(MEMORY, dispatch="x")), json.dumps(dict(MEMORY, bytes={"zero_buffer": {"weights": "1"}}))):
             (run / "memory.json").write_text(text)

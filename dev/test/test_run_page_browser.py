@@ -9,12 +9,11 @@ import struct
 import subprocess
 import sys
 import unittest
-import zlib
 from html import unescape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run_page_test import PageTest, step_record  # noqa: E402
+from run_page_test import PageTest, colors_of, step_record  # noqa: E402
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("BROWSER") or next((b for b in BROWSERS if shutil.which(b)), None)
@@ -64,17 +63,6 @@ def contrast(colors):
     """Of "rgb(..) on rgb(..)", as WCAG has it: 1 to 21."""
     a, b = sorted(luminance(c) for c in colors.split(" on "))
     return (b + 0.05) / (a + 0.05)
-
-
-def colors_of(png):
-    """How many different colours a true-colour PNG file has; rows that are coded by difference count too."""
-    raw, at, data = png.read_bytes(), 8, b""
-    while at < len(raw):
-        size, kind = struct.unpack(">I4s", raw[at:at + 8])
-        data += raw[at + 8:at + 8 + size] if kind == b"IDAT" else b""
-        at += size + 12
-    pixels = zlib.decompress(data)
-    return len({pixels[i:i + 3] for i in range(1, len(pixels), 3)})
 
 
 @unittest.skipUnless(BROWSER, "no browser: " + ", ".join(BROWSERS))

@@ -49,6 +49,15 @@ class Reader(TrainerTest):
             self.assertEqual([n for n in histogram.histogram_value.bucket if n], [n for n in load if n])
             self.assertEqual(histogram.histogram_value.num, sum(load))
 
+    # What scripts/to_wandb.py says where it cannot begin: without wandb, or without events.
+    def test_to_wandb(self):
+        script = Path(__file__).resolve().parent.parent.parent / "scripts" / "to_wandb.py"
+        self.path("none").mkdir()
+        result = subprocess.run([sys.executable, str(script), str(self.path("none"))], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1)
+        line = result.stderr.splitlines()[-1]
+        self.assertTrue(line.endswith("none: no event files with scalars there") or line.endswith("pip install wandb tensorboard"), result.stderr)
+
     # The server itself, with the fast reader that it starts where that is installed.
     def test_server(self):
         run = self.resumed_run()
