@@ -330,7 +330,7 @@ def charts_of(runs, results):
     note = "line: mean of nearby steps" + ("; band: lowest to highest" if len(runs) <= 4 else "") if thin else ""
     val = [(i, [(step, loss, loss, loss) for step, loss in run.val]) for i, run in enumerate(runs) if run.val]
     training = [line_chart("loss", "Training loss", note, lines("loss"), span, clip=True),
-                *([line_chart("val_loss", "Validation loss", "", val, span, dots=True)] if val else []),
+                *([line_chart("val_loss", "Validation loss", "", val, span, clip=True, dots=True)] if val else []),
                 line_chart("lr", "Learning rate", "", lines("lr"), span, zero=True),
                 line_chart("grad_norm", "Gradient norm", "before clipping", lines("grad_norm"), span, zero=True, clip=True),
                 line_chart("tokens_per_s", "Tokens a second", "", lines("tokens_per_s"), span, zero=True)]

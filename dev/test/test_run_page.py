@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent.parent / "scripts")]
 from run_charts import POINTS, thinned, ticks  # noqa: E402
 from run_log import Load  # noqa: E402
-from run_page_test import MEMORY, PageTest, step_record  # noqa: E402
+from page_test import MEMORY, PageTest, step_record  # noqa: E402
 
 
 def data_of(page):

@@ -13,7 +13,7 @@ from html import unescape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run_page_test import PageTest, colors_of, step_record  # noqa: E402
+from page_test import PageTest, colors_of, step_record  # noqa: E402
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("BROWSER") or next((b for b in BROWSERS if shutil.which(b)), None)

@@ -8,7 +8,7 @@ import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run_page_test import PageTest, colors_of, step_record  # noqa: E402
+from page_test import PageTest, colors_of, step_record  # noqa: E402
 
 
 @unittest.skipUnless(shutil.which("rsvg-convert"), "no rsvg-convert")
