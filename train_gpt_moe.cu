@@ -125,7 +125,11 @@ class Trainer {
       memory_bytes_ = parallel().host.max(memory_bytes_, "memory");
       agree();
     }
-    if (parallel().lead()) log_ = Logger(o_.out, o_.resume);
+    if (parallel().lead()) {
+      if (!o_.tensorboard.empty()) events_ = EventWriter(o_.tensorboard, step_ + 1);
+      log_ = Logger(o_.out, o_.resume);
+      write_memory_record(dev_, model_, o_.out + "/memory.json");
+    }
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
     console_.line(
@@ -263,6 +267,7 @@ class Trainer {
     r.skipped = skip_reason(r.stats);
     log_.train(r.step, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
+    if (events_.active()) events_.write(r.step, step_event(r));
     // A terminal may be slower than steps are.
     const bool due =
         console_.terminal() ? now - shown_ > std::chrono::milliseconds(100) : r.step == 1 || r.step % 10 == 0;
@@ -348,6 +353,7 @@ class Trainer {
     double loss = sum / double(val_->eval_targets());
     log_.validation(step_, loss);
     log_.record({{"step", step_}, {"val_loss", loss}});
+    events_.write(step_, EventSummary().scalar("val_loss", loss));
     console_.line("step %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s", (long long)step_,
                   (long long)total_steps_, loss, (long long)val_->eval_targets(),
                   std::chrono::duration<double>(Clock::now() - begin).count());
@@ -388,6 +394,7 @@ class Trainer {
   std::unique_ptr<RoutingReader> replay_;
   std::unique_ptr<RoutingWriter> record_;
   Logger log_;
+  EventWriter events_;
   Schedule schedule_;
   int64_t total_steps_ = 0, samples_per_step_ = 0, step_ = 0, next_sample_ = 0;
   struct Pending {

@@ -145,6 +145,15 @@ ModelConfig preset(const std::string& name) {
   fail("--preset '", name, "' is not known; choose one of ", known);
 }
 
+std::string preset_of(const ModelConfig& c) {
+  for (Preset p : presets()) {
+    p.config.balance = c.balance, p.config.balance_scope = c.balance_scope;
+    p.config.aux_coef = c.aux_coef, p.config.z_coef = c.z_coef, p.config.bias_rate = c.bias_rate;
+    if (p.config == c) return p.name;
+  }
+  return "";
+}
+
 const char* name_of(Gate g) { return g == Gate::softmax ? "softmax" : "sigmoid"; }
 const char* name_of(Balance b) { return b == Balance::aux ? "aux" : b == Balance::bias ? "bias" : "none"; }
 const char* name_of(BalanceScope s) { return s == BalanceScope::microbatch ? "microbatch" : "sequence"; }

@@ -45,6 +45,8 @@ struct ModelConfig {
 // tiny, gpt124-8x2, olmoe-1b-7b-size, qwen3-30b-a3b, mixtral-8x7b. Balance coefficients are in our convention (1 at
 // balance, summed over layers), converted from the published ones. Throws naming the known presets.
 ModelConfig preset(const std::string& name);
+// The preset of these dimensions, however its experts are balanced; empty: none.
+std::string preset_of(const ModelConfig& c);
 
 // Names of enumerators as options and files spell them; parsers throw naming the choices.
 const char* name_of(Gate g);

@@ -127,6 +127,7 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--checkpoint-every", o.checkpoint_every, "save every n steps; 0: only at the end");
   app.add_option("--keep", o.keep, "newest checkpoints that stay; 0: all");
   app.add_option("--out", o.out, "directory of logs and checkpoints");
+  app.add_option("--tensorboard", o.tensorboard, "directory that event files for TensorBoard go to");
   app.add_flag("--resume", o.resume, "go on from the newest checkpoint in --out");
   app.add_option("--init-from", o.init_from, "start from the weights of this checkpoint or Hugging Face directory");
 

@@ -34,7 +34,7 @@ struct Options {
   std::string grad_dtype;  // empty: by the rule of RunOptions
   // Evaluation, sampling, checkpoints
   int64_t eval_every = 0, sample_every = 0, checkpoint_every = 0, keep = 2;
-  std::string out = "runs/default", init_from;
+  std::string out = "runs/default", init_from, tensorboard;
   bool resume = false;
   // Memory
   std::string recompute = "act", dispatch = "zero_buffer", arena = "planned";

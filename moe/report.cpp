@@ -81,6 +81,26 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
   return text;
 }
 
+nlohmann::ordered_json memory_record(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config,
+                                     const RunOptions& run) {
+  nlohmann::ordered_json bytes, policies;
+  for (auto [dispatch, summary] : {std::pair{run.dispatch, &ours}, {other_dispatch(run.dispatch), &other}}) {
+    for (int c = 0; c < n_category; ++c) bytes[name_of(dispatch)][category_name(Category(c))] = summary->bytes[c];
+    bytes[name_of(dispatch)]["total"] = summary->total;
+  }
+  for (int64_t l = 0; l < config.n_layer; ++l) policies.push_back(name_of(run.policy(l)));
+  return {{"preset", preset_of(config)},
+          {"parameters", config.parameters()},
+          {"active_parameters", config.active_parameters()},
+          {"batch_size", run.B},
+          {"seq_len", run.T},
+          {"micro_steps", run.micro_steps},
+          {"ranks", run.parallel.layout.world()},
+          {"dispatch", name_of(run.dispatch)},
+          {"recompute", policies},
+          {"bytes", bytes}};
+}
+
 size_t available_memory() {
   size_t available = 0;
   std::ifstream file("/proc/meminfo");

@@ -1,6 +1,7 @@
 // The memory report: what a plan will take, before anything is allocated.
 #pragma once
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "moe/model.h"
@@ -22,6 +23,10 @@ PlanSummary summarize(const Plan& plan, const ModelConfig& config);
 // 2NC + 4NKF (s/2 times that for storage of s bytes) beside what a MoE layer keeps.
 std::string memory_report(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config,
                           const RunOptions& run, size_t real_bytes);
+
+// The same as an object, which a run keeps as memory.json: what is trained, how, and bytes by category with either dispatch.
+nlohmann::ordered_json memory_record(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config,
+                                     const RunOptions& run);
 
 // Bytes as "12.34 GiB", "3.2 MiB", "17 B".
 std::string readable_bytes(double bytes);

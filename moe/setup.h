@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <map>
 
+#include "llmc/files.h"
 #include "llmc/gpu.h"
 #include "moe/hf.h"
 #include "moe/options.h"
@@ -205,6 +206,17 @@ void print_report(Device& dev, const Options& o, const RunOptions& run) {
   auto summary = [&](const RunOptions& r) { return summarize(Model<Device>(dev, o.model, r).plan, o.model); };
   std::fputs(memory_report(summary(run), summary(other), o.model, run, sizeof(typename Device::Real)).c_str(), stdout);
   std::fflush(stdout);
+}
+
+// The same of a run that has begun, as a file.
+template <class Device>
+void write_memory_record(Device& dev, const Model<Device>& model, const std::string& path) {
+  RunOptions other = model.options;
+  other.dispatch = other_dispatch(other.dispatch);
+  auto record =
+      memory_record(summarize(model.plan, model.config),
+                    summarize(Model<Device>(dev, model.config, other).plan, model.config), model.config, model.options);
+  write_file_atomic(path, record.dump(1) + '\n');
 }
 
 // Refuses a run that does not fit, with its report, naming the nearest setting that does.

@@ -35,6 +35,17 @@ nlohmann::ordered_json step_record(const StepReport& r) {
   return j;
 }
 
+EventSummary step_event(const StepReport& r) {
+  EventSummary e;
+  e.scalar("loss", r.stats.loss).scalar("aux_loss", r.stats.aux_loss).scalar("z_loss", r.stats.z_loss);
+  e.scalar("lr", r.learning_rate).scalar("grad_norm", r.stats.grad_norm).scalar("tokens_per_s", r.tokens_per_s);
+  e.scalar("load_max_over_mean", max_over_mean(r.expert_load));
+  if (r.step % std::max<int64_t>(1, r.total_steps / 500) == 0 || r.step == r.total_steps)
+    for (size_t l = 0; l < r.expert_load.size(); ++l)
+      e.counts("expert_load/layer_" + std::to_string(l), r.expert_load[l]);
+  return e;
+}
+
 std::string step_line(const StepReport& r, int64_t last_step) {
   char text[320];
   int n = std::snprintf(text, sizeof text,

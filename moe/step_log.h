@@ -1,10 +1,12 @@
-// What a run says about its steps: a line on the terminal, a line in main.log, an object in log.jsonl.
+// What a run says about its steps: a line on the terminal, a line in main.log, an object in log.jsonl, an event for
+// TensorBoard.
 #pragma once
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "llmc/step.h"
+#include "llmc/tensorboard.h"
 #include "moe/config.h"
 
 struct StepReport {
@@ -20,6 +22,9 @@ struct StepReport {
 double max_over_mean(const std::vector<std::vector<int32_t>>& expert_load);
 
 nlohmann::ordered_json step_record(const StepReport& r);
+// Scalars under the names that they have in log.jsonl. Histograms expert_load/layer_L (selections by expert) at every
+// so many steps, and at the last, that a run has about 500, which is how many TensorBoard keeps.
+EventSummary step_event(const StepReport& r);
 // "step  120/1500 | loss 2.345678 aux ... " ; with last_step not 0, for a terminal, "| 1m23s left" at the end:
 // the time until that step.
 std::string step_line(const StepReport& r, int64_t last_step);

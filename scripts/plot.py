@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Draws results as SVG files. Standard library only; the same results give the same bytes.
+"""Draws training runs and results. Standard library only; the same results give the same bytes.
+
+    scripts/plot.py RUN... [--html FILE] [--png DIR]     from RUN/log.jsonl and RUN/memory.json: one HTML page (scripts/run_page.py)
 
     scripts/plot.py dev [--check]      from dev/results/*.jsonl:
         dev/FAMILY/FAMILY.svg   a bar a rung, for libraries and production too, at the shape of the family's table, with
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from dev_table import (PASSES, PRODUCTION, RATES, Ladder, families, floor, number, options_in, rate, rate_text, read_results,
                        read_text, significant, value)
+import run_page
 from layer_table import COLORS
 
 RUNG, LIBRARY, OURS = COLORS[0], COLORS[7], COLORS[2]
@@ -191,7 +194,9 @@ def dev_verb(o):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws results as SVG files.")
+    if sys.argv[1:] and sys.argv[1] not in ("dev", "-h", "--help"):
+        return run_page.main(sys.argv[1:], dev_charts, ROOT)
+    parser = argparse.ArgumentParser(description="Draws results as SVG files, and training runs: plot.py RUN... (plot.py RUN --help).")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     dev = verbs.add_parser("dev", help="the ladders of dev/ and their roofline")
     dev.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")

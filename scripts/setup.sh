@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Installs what the build and the default corpus need, from the distribution (Debian, Ubuntu). Does nothing where all of
-# it is there already; uses sudo only if not root.
+# it is there already; uses sudo only if not root. With --tests also what only tests use: a browser without a window, and
+# what makes PNG files of charts.
 set -euo pipefail
 
 # Without these nothing builds; without those something is slower or refuses with a line that says so.
 required=(g++ cmake make python3 libcli11-dev nlohmann-json3-dev libgtest-dev bible-kjv bible-kjv-text)
 optional=(libdnnl-dev libopenblas-dev libpcre2-dev libopenmpi-dev openmpi-bin ninja-build ccache)
+[ "${1:-}" != --tests ] || optional+=(chromium-headless-shell librsvg2-bin)
 
 # A tool counts as installed wherever it came from, a library as a package.
 installed() {
   case $1 in
-    g++ | cmake | make | python3 | ccache) command -v "$1" >/dev/null 2>&1 && return ;;
+    g++ | cmake | make | python3 | ccache | chromium-headless-shell) command -v "$1" >/dev/null 2>&1 && return ;;
     ninja-build) command -v ninja >/dev/null 2>&1 && return ;;
   esac
   dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'

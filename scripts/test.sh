@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scripts/setup.sh
+scripts/setup.sh --tests
 dev/check_layers.sh
 
 jobs=$(nproc 2>/dev/null || echo 2)  # before OMP_NUM_THREADS, which nproc heeds
