@@ -63,6 +63,11 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c],
         readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
   add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
+  if (real_bytes == 2)
+    add("gradients: of matrices %s (--grad-dtype), of routers, norms and the head fp32%s\n",
+        run.wide_gradients ? "fp32" : "bf16", config.tied ? "; a tied embedding has one more, of the head" : "");
+  if (!run.parallel.alone())
+    text += "gradients: those of this rank's weights, and their sums over the ranks where its optimizer state is\n";
   for (size_t l = size_t(stage.begin); l < size_t(stage.end); ++l) {
     if (ours.layers[l].part != "moe") continue;
     if (const ExpertRanks ranks = run.expert_ranks(config); ranks.ranks > 1) {
@@ -85,11 +90,6 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     }
     break;
   }
-  if (real_bytes == 2)
-    add("gradients: of matrices %s (--grad-dtype), of routers, norms and the head fp32%s\n",
-        run.wide_gradients ? "fp32" : "bf16", config.tied ? "; a tied embedding has one more, of the head" : "");
-  if (!run.parallel.alone())
-    text += "gradients: those of this rank's weights, and their sums over the ranks where its optimizer state is\n";
   return text;
 }
 
