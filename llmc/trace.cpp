@@ -49,7 +49,7 @@ void Trace::life(int group, const std::string& name, const std::string& category
   ++lives_;
   for (bool first : {true, false}) {
     Json& e = add(first ? "b" : "e", group, name, first ? begin : end);
-    e["cat"] = category, e["id"] = lives_;
+    e["cat"] = category, e["id2"] = {{"local", std::to_string(lives_)}};
     if (first) e["args"] = args;
   }
 }

@@ -67,17 +67,17 @@ class MemoryProfile(TrainerTest):
         self.assertEqual(about["bytes"], {c: table[c] for c in CATEGORIES})
 
         # The lives of the tensors, added up again: the counter at every op.
-        ends = {e["id"]: e["ts"] for e in events["e"]}
+        ends = {e["id2"]["local"]: e["ts"] for e in events["e"]}
         changes, placed, sums = defaultdict(lambda: defaultdict(int)), [], defaultdict(int)
         for b in events["b"]:
             always = b["cat"] == "persistent"
             category = b["name"].split(": ")[1] if always else b["cat"]
             self.assertIn(category, CATEGORIES)
             changes[b["ts"]][category] += b["args"]["bytes"]
-            changes[ends[b["id"]]][category] -= b["args"]["bytes"]
+            changes[ends[b["id2"]["local"]]][category] -= b["args"]["bytes"]
             sums[category] += b["args"]["bytes"]
             if not always:
-                placed.append((b["ts"], ends[b["id"]], b["args"]["offset"], b["args"]["offset"] + b["args"]["bytes"]))
+                placed.append((b["ts"], ends[b["id2"]["local"]], b["args"]["offset"], b["args"]["offset"] + b["args"]["bytes"]))
         for category in CATEGORIES[:-1]:
             self.assertEqual(sums[category], table[category])
         alive, last = defaultdict(int), max(changes)
