@@ -235,9 +235,13 @@ class Trainer {
                   1e-9 * ceilings.flops_per_s, 1e-9 * ceilings.bytes_per_s);
     for (const std::string& line : op_table(times)) console_.line("%s", line.c_str());
     console_.line("  %-38s %6s %10.3f", "the step before, as training runs", "", plain_ms_);
-    write_profile(profile_path(), steps, profiler->first(), model_.plan, works, ceilings, times,
-                  "rank 0 of " + std::to_string(o_.world) + ", " + Device::name + " " + o_.dtype);
-    console_.line("wrote %s", profile_path().c_str());
+    try {
+      write_profile(profile_path(), steps, profiler->first(), model_.plan, works, ceilings, times,
+                    "rank 0 of " + std::to_string(o_.world) + ", " + Device::name + " " + o_.dtype);
+      console_.line("wrote %s", profile_path().c_str());
+    } catch (const Error& e) {  // a full disk: no reason to end the run here
+      console_.line("no profile is written: %s", e.what());
+    }
   }
 
   // Puts a step on the device, and reports the one before it: the device always has the next step to go on with.

@@ -283,6 +283,11 @@ class Profile(TrainerTest):
                 self.assertTrue(expected <= found, found)
                 self.assertEqual(job.out.count("profile: steps 4 to 6"), 1)  # of rank 0
 
+    def test_what_cannot_be_written_ends_no_run(self):
+        (self.path("run") / "profile.json.tmp").mkdir(parents=True)  # in the way
+        self.assertIn("no profile is written: ", self.ok(*self.training("--steps", 8, "--profile")))
+        self.assertEqual(self.checkpoint(self.path("run")).name, "step_00000008")
+
     def test_refused(self):
         run = self.training("--steps", 8, "--profile")
         self.refused(self.training("--steps", 3, "--profile"), "--profile", "3 are to be run")
