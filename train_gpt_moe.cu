@@ -15,11 +15,13 @@
 #include "llmc/peak.h"
 #include "moe/experts_hopper_kernels.h"
 #include "moe/generate.h"
+#include "moe/memory_profile.h"
 #include "moe/model_files.h"
 #include "moe/report.h"
 #include "moe/routing_file.h"
 #include "moe/setup.h"
 #include "moe/step_log.h"
+#include "moe/step_profile.h"
 
 namespace {
 
@@ -119,6 +121,13 @@ class Trainer {
     } else {
       model_.initialise(o_.seed);
     }
+    if (o_.profile) {
+      profiler_ = std::make_unique<StepProfiler<Device>>(dev_, model_.executor(), step_);
+      if (last_step() < profiler_->first())
+        fail("--profile times steps from the ", profiler_->warm_up + 1, "th on; ",
+             std::max<int64_t>(0, last_step() - step_), " are to be run");
+      if (std::filesystem::exists(profile_path())) Trace::check(profile_path());
+    }
     peak_ = peak_flops(dev_);
     memory_bytes_ = int64_t(model_.arena().allocated_bytes());
     if (!parallel().alone()) {
@@ -138,10 +147,11 @@ class Trainer {
         (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(),
         (long long)o_.seq_len, (long long)total_steps_, (long long)o_.total_batch_tokens,
         readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
-    if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0) {
+    const double predicted = o_.recompute == "auto" ? recomputed_share(dev_, o_.model, model_.options) : 0;
+    if (predicted > 0) {
       const double measured = watched("a trial step", [&] { return measured_recompute_share(dev_, model_); });
-      console_.line("recomputation: %.1f %% more operations predicted, %.1f %% more time measured",
-                    100 * recomputed_share(o_.model, model_.options), 100 * measured);
+      console_.line("recomputation: %.1f %% more operations predicted, %.1f %% more time measured", 100 * predicted,
+                    100 * measured);
     }
   }
 
@@ -163,6 +173,7 @@ class Trainer {
       if (every(o_.checkpoint_every)) save(), saved = step_;
     }
     report_all();
+    if (profiler_) report_profile();
     if (saved != step_) save();
     if (record_) record_->close();
     if (stop() && step_ < end) console_.line("stopped by a signal after step %lld; --resume goes on", (long long)step_);
@@ -212,14 +223,45 @@ class Trainer {
         fail("rank ", r, " starts from something else than rank 0: other options, another checkpoint or other data");
   }
 
+  std::string profile_path() const { return o_.out + "/profile.json"; }
+
+  // What --profile has found: a stop signal may have come before the first step that it times.
+  void report_profile() {
+    const auto profiler = std::move(profiler_);
+    const auto& steps = profiler->steps();
+    if (steps.empty()) return console_.line("profile: stopped before the first step to be timed");
+    if (!parallel().lead()) return;
+    const Ceilings ceilings{peak_, copy_bandwidth(dev_)};
+    const OpWorks works(model_.config, model_.options, model_.plan, sizeof(typename Device::Real));
+    const auto times = op_times(steps, model_.plan, works, ceilings);
+    console_.line("profile: steps %lld to %lld, op by op, medians | ceilings: matmul %.1f GFLOP/s, copy %.1f GB/s",
+                  (long long)profiler->first(), (long long)profiler->first() + (long long)steps.size() - 1,
+                  1e-9 * ceilings.flops_per_s, 1e-9 * ceilings.bytes_per_s);
+    for (const std::string& line : op_table(times)) console_.line("%s", line.c_str());
+    console_.line("  %-38s %6s %10.3f", "the step before, as training runs", "", plain_ms_);
+    try {
+      write_profile(profile_path(), steps, profiler->first(), model_.plan, works, ceilings, times,
+                    "rank 0 of " + std::to_string(o_.world) + ", " + Device::name + " " + o_.dtype);
+      console_.line("wrote %s", profile_path().c_str());
+    } catch (const Error& e) {  // a full disk: no reason to end the run here
+      console_.line("no profile is written: %s", e.what());
+    }
+  }
+
   // Puts a step on the device, and reports the one before it: the device always has the next step to go on with.
   void one_step() {
+    const bool profiled = profiler_ && profiler_->due(step_ + 1);
+    if (profiled) report_all();
     StepParams p;
     p.step = step_ + 1;
     p.learning_rate = learning_rate(schedule_, step_);
     p.loss_scale = 1.0 / double(o_.total_batch_tokens);
     p.micro_step_scale = 1.0 / double(o_.micro_steps() * o_.layout.stage_ranks());
     if (pending_.empty()) step_began_ = Clock::now();
+    if (profiled) profiler_->begin();
+    auto note = [&](const char* what) {
+      if (profiled) profiler_->note(what);
+    };
     watched("the start of a step", [&] { model_.set_params(p), model_.start_step(); });
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
     const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // micro-batches taken before
@@ -232,20 +274,25 @@ class Trainer {
       }
       model_.set_batch(tokens.data(), targets.data(), model_.stage.slot(i));
       routing(all + micro(i), true, model_.stage.slot(i));
+      note("batch");
     };
     auto guarded = [&](auto f) { watched("a micro-step", f); };
-    if (!model_.stage.alone()) run_pipeline(model_, begin, guarded);
+    if (!model_.stage.alone()) run_pipeline(model_, begin, guarded, [&] { note("pass activations"); });
     for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i)
       guarded([&] {
         begin(i);
         model_.micro_step();
         routing(all + micro(i), false, 0);
       });
-    watched("an update", [&] { model_.update(); });
+    watched("an update", [&] {
+      model_.update();
+      if (profiled) profiler_->end();
+    });
     ++step_;
     next_sample_ += samples_per_step_;
     pending_.push_back({step_, p.learning_rate, model_.fetch_results(), Clock::now()});
     while (pending_.size() > 1) report_step();
+    if (profiled && profiler_->done()) report_all(), report_profile();
   }
 
   // Waits for the oldest step that has not been reported.
@@ -260,6 +307,7 @@ class Trainer {
     const auto now = Clock::now(), ended = Device::has_graphs ? now : pending.put;
     r.milliseconds = std::chrono::duration<double, std::milli>(ended - step_began_).count();
     step_began_ = ended;
+    if (profiler_ && r.step < profiler_->first()) plain_ms_ = r.milliseconds;
     r.tokens_per_s = double(o_.total_batch_tokens) / r.milliseconds * 1e3;
     r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / (peak_ * o_.world);
     r.memory_bytes = size_t(memory_bytes_);
@@ -406,7 +454,9 @@ class Trainer {
   std::deque<Pending> pending_;
   Clock::time_point step_began_, shown_;
   double peak_ = 1;
-  int64_t memory_bytes_ = 0;  // of the rank that has most
+  std::unique_ptr<StepProfiler<Device>> profiler_;  // until it has reported
+  double plain_ms_ = 0;                             // of the step before the first that it times
+  int64_t memory_bytes_ = 0;                        // of the rank that has most
 };
 
 // ---- what to do ----
@@ -438,6 +488,11 @@ void train_main(Options o, Device& dev, World& world) {
   }
   print_policies(dev, o, run);
   if (o.memory_report || o.dry_run) print_report(dev, o, run);
+  if (!o.memory_profile.empty() && world.rank() == 0) {
+    std::fputs(memory_profile(dev, o.model, run, o.memory_profile).c_str(), stdout);
+    std::printf("wrote %s (open it in ui.perfetto.dev or chrome://tracing)\n", o.memory_profile.c_str());
+    std::fflush(stdout);
+  }
   if (o.dry_run) return;
   check_memory(dev, o, run);
   Trainer<Device> trainer(dev, o, run, info);

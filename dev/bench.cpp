@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "llmc/event_log.h"
 #include "llmc/matmul.h"
 
 namespace bench {
@@ -45,7 +46,7 @@ bool makes(const Variant& v, const Output& o) {
 // A GPU at its power limit is slower after a second of hard work than at its start. So that none has a better place in
 // the row than another, bodies take turns: all once, all again, and so on.
 std::vector<Timing> Lab::time_in_turns(const std::vector<Timed>& all) {
-  EventLog log(dev);
+  GpuEvents log(dev);
   std::vector<std::shared_ptr<GpuGraph>> graphs;
   std::vector<int> runs;
   auto run = [&](size_t i) {

@@ -1,4 +1,4 @@
-// The laboratory's own device code: events, random values, and the comparison of tensors.
+// The laboratory's own device code: random values, and the comparison of tensors.
 #include "dev/bench.h"
 
 #include <cmath>
@@ -7,27 +7,6 @@
 #include "llmc/random.h"
 
 namespace bench {
-
-// ---- events ----
-
-EventLog::~EventLog() {
-  for (cudaEvent_t e : events_) cudaEventDestroy(e);
-}
-size_t EventLog::mark() {
-  if (used_ == events_.size()) {
-    cudaEvent_t e;
-    CUDA_CHECK(cudaEventCreate(&e));
-    events_.push_back(e);
-  }
-  CUDA_CHECK(cudaEventRecord(events_[used_], dev_.stream));
-  return used_++;
-}
-double EventLog::ms(size_t from, size_t to) const {
-  float ms = 0;
-  CUDA_CHECK(cudaEventSynchronize(events_[to]));
-  CUDA_CHECK(cudaEventElapsedTime(&ms, events_[from], events_[to]));
-  return ms;
-}
 
 double fp32_rate(const GpuBase& dev) {
   int device = 0, kilohertz = 0;

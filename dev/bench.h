@@ -23,8 +23,6 @@
 #include "dev/bench_options.h"
 #include "llmc/gpu.h"
 
-struct CUevent_st;  // what a cudaEvent_t points to
-
 namespace bench {
 
 // ---- one line of results ----
@@ -93,26 +91,6 @@ struct Case {
   std::function<void()> prepare = [] {};  // before every run, untimed: restores what the op works on in place
   int calls_per_graph = 1;                // above 1: time replays of a graph of that many calls, caches warm
   double target_us = 0;                   // printed beside the time; 0: none
-};
-
-// ---- timing ----
-
-// Events on the device's stream.
-class EventLog {
- public:
-  explicit EventLog(GpuBase& dev) : dev_(dev) {}
-  ~EventLog();
-  EventLog(const EventLog&) = delete;
-  EventLog& operator=(const EventLog&) = delete;
-
-  size_t mark();                            // puts an event on the stream and returns its number
-  double ms(size_t from, size_t to) const;  // milliseconds between two marks; waits for the later one
-  void clear() { used_ = 0; }               // numbers start at 0 again
-
- private:
-  GpuBase& dev_;
-  std::vector<CUevent_st*> events_;
-  size_t used_ = 0;
 };
 
 // ---- device code of the frame (bench.cu) ----

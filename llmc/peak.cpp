@@ -23,6 +23,24 @@ double peak_flops(Device& dev) {
   return best;
 }
 
+template <class Device>
+double copy_bandwidth(Device&) {
+  constexpr int64_t pieces = 256, bytes = int64_t(1) << 19;  // 128 MiB in all
+  std::vector<char> from(pieces * bytes, 1), to(pieces * bytes);
+  double best = 0;
+  for (int i = 0; i < 5; ++i) {
+    auto start = std::chrono::steady_clock::now();
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < pieces; ++p) std::memcpy(&to[p * bytes], &from[p * bytes], bytes);
+    auto end = std::chrono::steady_clock::now();
+    best = std::max(best, 2.0 * double(pieces * bytes) / std::chrono::duration<double>(end - start).count());
+  }
+  return best;
+}
+
+template double copy_bandwidth(Cpu<float>&);
+template double copy_bandwidth(Cpu<double>&);
+template double copy_bandwidth(Cpu<bf16>&);
 template double peak_flops(Cpu<float>&);
 template double peak_flops(Cpu<double>&);
 template double peak_flops(Cpu<bf16>&);

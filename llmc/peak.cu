@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "llmc/cuda_common.cuh"
+#include "llmc/event_log.h"
 #include "llmc/matmul.h"
 
 namespace {
@@ -47,5 +48,24 @@ double peak_flops(Device& dev) {
   return std::max(best, 1.0);  // 1: no memory to measure in
 }
 
+template <class Device>
+double copy_bandwidth(Device& dev) {
+  const size_t bytes = std::min(size_t(1) << 30, dev.memory().free / 4) / 256 * 256;
+  if (bytes == 0) return 1;  // no memory to measure in
+  char* from = static_cast<char*>(dev.allocate(2 * bytes));
+  launch(dev, fill<float>, 1024, 256, 0, reinterpret_cast<float*>(from), int64_t(bytes / sizeof(float)));
+  GpuEvents log(dev);
+  double best = 0;
+  for (int i = 0; i < 5; ++i) {
+    const size_t start = log.mark();
+    dev.copy(from + bytes, from, bytes);
+    best = std::max(best, 2e3 * double(bytes) / log.ms(start, log.mark()));
+  }
+  dev.release(from);
+  return best;
+}
+
+template double copy_bandwidth(Gpu<float>&);
+template double copy_bandwidth(Gpu<bf16>&);
 template double peak_flops(Gpu<float>&);
 template double peak_flops(Gpu<bf16>&);

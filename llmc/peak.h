@@ -7,3 +7,8 @@
 // 8192 x 8192 x 8192.
 template <class Device>
 double peak_flops(Device& dev);
+
+// Bytes a second of the best of a few copies of more than caches hold, read and written bytes both counted: what memory
+// gives, all threads on the CPU.
+template <class Device>
+double copy_bandwidth(Device& dev);

@@ -34,6 +34,20 @@ struct TensorInfo {
   void* data = nullptr;
 };
 
+// One op of the plan: what executor.op() was given at a tick of the planning clock.
+struct PlannedOp {
+  const char* name;
+  int layer;
+  bool recomputing;  // it makes again what the forward pass did not keep
+  bool extra;        // only some steps need it (a further pass of rows)
+  size_t bytes;      // of the tensors it was given, once for each time it was given them; scratch not counted
+};
+// The ticks of a program begin at `first` and end where those of the next begin.
+struct PlannedProgram {
+  std::string name;
+  int64_t first;
+};
+
 // A typed handle. Converts to the T* that ops take; a default-constructed handle is the null tensor.
 template <class T>
 struct Tensor {
@@ -59,7 +73,9 @@ class Plan {
   void set_place(int layer, std::string part) { layer_ = layer, part_ = std::move(part); }
   int layer() const { return layer_; }
 
-  int64_t tick() { return clock_++; }
+  // Declares the next op; returns its tick.
+  int64_t add_op(PlannedOp op) { return ops_.push_back(op), ticks() - 1; }
+  void begin_program(std::string name) { programs_.push_back({std::move(name), ticks()}); }
   void touch(TensorInfo* t, int64_t tick) {
     if (t->first < 0) t->first = tick;
     t->last = tick;
@@ -80,13 +96,16 @@ class Plan {
   size_t layer_bytes(int layer, const std::string& part, Category c) const;
   const std::deque<TensorInfo>& tensors() const { return tensors_; }
   std::deque<TensorInfo>& tensors() { return tensors_; }
-  int64_t ticks() const { return clock_; }
+  const std::vector<PlannedOp>& ops() const { return ops_; }  // by tick
+  const std::vector<PlannedProgram>& programs() const { return programs_; }
+  int64_t ticks() const { return int64_t(ops_.size()); }
 
  private:
   std::deque<TensorInfo> tensors_;  // a deque: handles point into it
   int layer_ = -1;
   std::string part_;
-  int64_t clock_ = 0;
+  std::vector<PlannedOp> ops_;
+  std::vector<PlannedProgram> programs_;
   size_t arena_bytes_ = 0, persistent_bytes_ = 0;
 };
 
@@ -132,7 +151,7 @@ class Arena {
   size_t allocated_ = 0;
 };
 
-// Called for every op with its name; empty by default. Profilers and tests hang themselves here.
+// Called for every op that runs with its name; empty by default. Profilers and tests hang themselves here.
 using OpObserver = std::function<void(const char* op, int layer)>;
 
 // Marks the ops of its scope as recomputation.
@@ -155,20 +174,22 @@ class Executor {
 
   Device& device;
   Plan& plan;
-  OpObserver observer;
-  bool recomputing = false;  // the ops of the moment make again what the forward pass did not keep
-  bool skipping = false;     // they would have nothing to do, and are not called
+  OpObserver before, observer;  // `observer` after the op
+  bool recomputing = false;     // the ops of the moment make again what the forward pass did not keep
+  bool extra = false;           // only some steps need them
+  bool skipping = false;        // they would have nothing to do, and are not called
 
   bool planning() const { return arena_ == nullptr; }
   void run_with(Arena<Device>* arena) { arena_ = arena; }
 
-  // Starts program `id` (training step, evaluation, decoding): its temporaries are its own.
-  void begin(int id) {
+  // Starts program `id` (training step, evaluation, decoding): its temporaries are its own. The name is the plan's.
+  void begin(int id, const char* name = "") {
     if (int(programs_.size()) <= id) programs_.resize(id + 1);
     program_ = &programs_[id];
     if (planning()) {
       if (!program_->temporaries.empty()) fail("program ", id, " is planned twice");
       program_->first_tick = plan.ticks();
+      plan.begin_program(name);
     }
     cursor_ = 0;
     tick_ = program_->first_tick;
@@ -199,18 +220,22 @@ class Executor {
     static_assert(sizeof...(Params) == sizeof...(Args),
                   "an op takes exactly its declared arguments: there are no defaults");
     if (planning()) {
-      int64_t tick = plan.tick();
+      int64_t tick = plan.add_op({name, plan.layer(), recomputing, extra, (bytes_of(args) + ... + 0)});
       (stamp(args, tick), ...);
       return;
     }
     if (!skipping) {
       device.layer = plan.layer();
+      if (before) before(name, plan.layer());
       function(device, static_cast<Params>(args)...);
       if (observer) observer(name, plan.layer());
     }
     if (arena_->separate()) (poison(args), ...);
     ++tick_;
   }
+
+  // Of the op that runs: its place in plan.ops().
+  int64_t tick() const { return tick_; }
 
  private:
   struct Program {
@@ -221,14 +246,16 @@ class Executor {
   template <class A>
   void each_tensor(const A& arg, auto&& visit) {
     if constexpr (requires { arg.info; }) {
-      if (arg.info && !arg.info->persistent) visit(arg.info);
+      if (arg.info) visit(arg.info);
     } else if constexpr (requires { arg.for_each_tensor(visit); }) {
       arg.for_each_tensor([&](auto t) { each_tensor(t, visit); });
     }
   }
   template <class A>
   void stamp(const A& arg, int64_t tick) {
-    each_tensor(arg, [&](TensorInfo* t) { plan.touch(t, tick); });
+    each_tensor(arg, [&](TensorInfo* t) {
+      if (!t->persistent) plan.touch(t, tick);
+    });
     if constexpr (requires { arg.tensor(); }) {  // a gradient: what is written twice has lost the first
       TensorInfo* t = arg.tensor();
       if (!t || arg.add) return;
@@ -237,9 +264,19 @@ class Executor {
     }
   }
   template <class A>
+  size_t bytes_of(const A& arg) {
+    size_t bytes = 0;
+    if constexpr (requires { arg.tensor(); }) {  // a gradient: written, or read and written
+      if (TensorInfo* t = arg.tensor()) bytes = t->bytes * (arg.add ? 2 : 1);
+    } else {
+      each_tensor(arg, [&](TensorInfo* t) { bytes += t->dtype == DType::u8 ? 0 : t->bytes; });
+    }
+    return bytes;
+  }
+  template <class A>
   void poison(const A& arg) {
     each_tensor(arg, [&](TensorInfo* t) {
-      if (t->last == tick_) arena_->end_of_life(t);
+      if (!t->persistent && t->last == tick_) arena_->end_of_life(t);
     });
   }
 

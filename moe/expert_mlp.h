@@ -81,7 +81,7 @@ struct ExpertMlp {
                bool skip_down, auto out_and_addend) {
     Tensor<Real> out, addend;
     for (int64_t pass = 0; pass < (skip_down ? 1 : passes()); ++pass) {
-      Skipping empty(x, rows && pass > 0 && pass * shape.R >= *rows);
+      Further further(x, pass > 0, rows && pass > 0 && pass * shape.R >= *rows);
       RoutingTensors plan = pass ? plan_of_pass(s, pass, Category::workspace) : s.first;
       auto gathered = gather("x_rows", tokens, plan, pass ? Category::workspace : keep);
       MlpSaved<Device> mlp =
@@ -101,7 +101,7 @@ struct ExpertMlp {
                 Tensor<Acc> dgates, auto dx_and_addend) {
     Tensor<Real> dx, addend;
     for (int64_t pass = 0; pass < passes(); ++pass) {
-      Skipping empty(x, rows && pass > 0 && pass * shape.R >= *rows);
+      Further further(x, pass > 0, rows && pass > 0 && pass * shape.R >= *rows);
       RoutingTensors plan = pass ? plan_of_pass(s, pass, Category::workspace) : s.first;
       Tensor<Real> gathered = s.rows;
       MlpSaved<Device> mlp = s.mlp;
@@ -134,11 +134,13 @@ struct ExpertMlp {
   }
 
  private:
-  // While it lives, ops are not executed: there is nothing for them to do.
-  struct Skipping {
+  // While it lives, the ops are those of a further pass, or, `empty`, not executed: there is nothing for them to do.
+  struct Further {
     Executor<Device>& x;
-    Skipping(Executor<Device>& x, bool on) : x(x) { x.skipping = on && !x.planning(); }
-    ~Skipping() { x.skipping = false; }
+    Further(Executor<Device>& x, bool further, bool empty) : x(x) {
+      x.extra = further, x.skipping = empty && !x.planning();
+    }
+    ~Further() { x.extra = x.skipping = false; }
   };
 
   // out (M,C) = addend + what the first pass makes of each token, and += what a further one does.

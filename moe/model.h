@@ -34,13 +34,13 @@ class Model {
     buffers_ = declare_parameters(table, plan, config, options);
     declare_state();
     if (options.train) {
-      x_.begin(program_start), start_step_ops();
-      if (stage.alone()) x_.begin(program_micro), micro_step_ops();
+      x_.begin(program_start, "start of a step"), start_step_ops();
+      if (stage.alone()) x_.begin(program_micro, "micro-step"), micro_step_ops();
       if (!stage.alone()) plan_slots();
-      x_.begin(program_update), update_ops();
+      x_.begin(program_update, "update"), update_ops();
     }
-    if (options.evaluate) x_.begin(program_evaluate), evaluate_ops();
-    if (options.decode_positions) x_.begin(program_decode), decode_ops();
+    if (options.evaluate) x_.begin(program_evaluate, "evaluation"), evaluate_ops();
+    if (options.decode_positions) x_.begin(program_decode, "decoding"), decode_ops();
     plan.place();
   }
 
@@ -567,8 +567,8 @@ class Model {
 
   void plan_slots() {
     for (int slot = 0, id = program_slots; slot < stage.slots; ++slot) {
-      x_.begin(id++), forward_ops(slot);
-      x_.begin(id++), backward_ops(slot);
+      x_.begin(id++, "forward"), forward_ops(slot);
+      x_.begin(id++, "backward"), backward_ops(slot);
     }
     x_.interleave(program_slots, program_slots + 2 * stage.slots - 1);
   }

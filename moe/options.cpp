@@ -38,6 +38,11 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   group("What to do (default: train)");
   app.add_flag("--memory-report", o.memory_report, "print the memory plan before anything is allocated");
   app.add_flag("--dry-run", o.dry_run, "stop after the checks and the report");
+  app.add_option("--memory-profile", o.memory_profile,
+                 "write what lives in memory when, over a step, to FILE (for ui.perfetto.dev), and print its summary");
+  app.add_flag(
+      "--profile", o.profile,
+      "time the 4th to 8th step op by op, print where their time goes, and write --out/profile.json (likewise)");
   app.add_flag("--generate", o.generate, "continue --prompt with the model in --checkpoint");
   app.add_option("--export", o.export_format, "hf: write --checkpoint to --out as a Hugging Face model directory");
 
@@ -339,6 +344,11 @@ Options parse_options(int argc, char** argv, int processes) {
   if (o.generate && !o.export_format.empty()) fail("--generate and --export exclude each other");
   if ((o.dry_run || o.memory_report) && (o.generate || !o.export_format.empty()))
     fail("--dry-run and --memory-report belong to training, not to ", o.generate ? "--generate" : "--export");
+  for (auto [option, given] : {std::pair{"--profile", o.profile}, {"--memory-profile", !o.memory_profile.empty()}}) {
+    if (given && !trains) fail(option, " belongs to training, not to ", o.generate ? "--generate" : "--export");
+    if (given && o.arena == "separate") fail(option, " is of the planned arena; leave --arena separate out");
+  }
+  if (o.profile && o.dry_run) fail("--profile times steps, and --dry-run stops before the first");
   if (o.out.empty()) fail("--out must name a directory");
   if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty())
     fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");

@@ -10,8 +10,9 @@
 
 struct Options {
   // What to do; none of these: train.
-  bool memory_report = false, dry_run = false, generate = false;
-  std::string export_format;  // "hf"
+  bool memory_report = false, dry_run = false, generate = false, profile = false;
+  std::string memory_profile;  // FILE
+  std::string export_format;   // "hf"
   // Model
   std::string preset = "tiny";
   ModelConfig model;

@@ -51,14 +51,16 @@ void transfer(Model& model, const PipelineAction& a) {
 }
 
 // The micro-batches of a step through this rank's stage. begin(micro): called before the forward program of a
-// micro-batch, sets what it is given. watched(f) calls f, in which the host may wait for its GPU.
-template <class Model, class Begin, class Watched>
-void run_pipeline(Model& model, Begin begin, Watched watched) {
+// micro-batch, sets what it is given. watched(f) calls f, in which the host may wait for its GPU. passed(): called after
+// transfers.
+template <class Model, class Begin, class Watched, class Passed = void (*)()>
+void run_pipeline(
+    Model& model, Begin begin, Watched watched, Passed passed = [] {}) {
   const Stage& stage = model.stage;
   for (const PipelineAction& a : pipeline_schedule(stage.index, stage.stages, model.options.micro_steps)) {
     watched([&] {
       if (a.forward >= 0) begin(a.forward);
-      transfer(model, a);
+      transfer(model, a), passed();
       if (a.forward >= 0) model.forward(stage.slot(a.forward));
       if (a.backward >= 0) model.backward(stage.slot(a.backward));
     });

@@ -63,6 +63,11 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     add("%-22s %20zu %12s   %20zu\n", category_name(Category(c)), ours.bytes[c],
         readable_bytes(double(ours.bytes[c])).c_str(), other.bytes[c]);
   add("%-22s %20zu %12s   %20zu\n", "total", ours.total, readable_bytes(double(ours.total)).c_str(), other.total);
+  if (real_bytes == 2)
+    add("gradients: of matrices %s (--grad-dtype), of routers, norms and the head fp32%s\n",
+        run.wide_gradients ? "fp32" : "bf16", config.tied ? "; a tied embedding has one more, of the head" : "");
+  if (!run.parallel.alone())
+    text += "gradients: those of this rank's weights, and their sums over the ranks where its optimizer state is\n";
   for (size_t l = size_t(stage.begin); l < size_t(stage.end); ++l) {
     if (ours.layers[l].part != "moe") continue;
     if (const ExpertRanks ranks = run.expert_ranks(config); ranks.ranks > 1) {
@@ -76,6 +81,13 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     const std::string times = stage.slots > 1 ? std::to_string(stage.slots) + " x (" + name + ")" : name;
     add("a MoE layer keeps %zu (recompute %s); %s = %zu; %s keeps %zu\n", ours.layers[l].saved,
         name_of(run.policy(int64_t(l))), times.c_str(), formula, other_name, other.layers[l].saved);
+    if (const ExpertRanks ranks = run.expert_ranks(config); ranks.ranks > 1) {
+      const int64_t R = expert_rows(ranks, run.row_headroom).a_pass;
+      add("that formula is of the share of %lld rows; of the %lld that there is memory for (--row-headroom) it is "
+          "%zu\n",
+          (long long)ranks.share(), (long long)R,
+          size_t(stage.slots) * real_bytes * size_t(N * config.d_model + 2 * R * F));
+    }
     break;
   }
   return text;

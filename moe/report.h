@@ -19,8 +19,8 @@ struct PlanSummary {
 PlanSummary summarize(const Plan& plan, const ModelConfig& config);
 
 // The report as text, in bytes. A layer: `layer 0 moe saved 117440512 metadata 541700`, what attention saves, and its
-// weights, gradients and optimizer state. Then a table by category beside the same plan with the other --dispatch, and
-// 2NC + 4NKF (s/2 times that for storage of s bytes) beside what a MoE layer keeps.
+// weights, gradients and optimizer state. Then a table by category beside the same plan with the other --dispatch, what
+// the gradients are of, and 2NC + 4NKF (s/2 times that for storage of s bytes) beside what a MoE layer keeps.
 std::string memory_report(const PlanSummary& ours, const PlanSummary& other, const ModelConfig& config,
                           const RunOptions& run, size_t real_bytes);
 

@@ -9,6 +9,7 @@
 #include "llmc/files.h"
 #include "llmc/gpu.h"
 #include "moe/hf.h"
+#include "moe/op_work.h"
 #include "moe/options.h"
 #include "moe/report.h"
 #include "moe/step_log.h"
@@ -133,18 +134,10 @@ void check_limits(const ModelConfig& c, int64_t B, int64_t T) {
 }
 
 // Operations that backward repeats under these policies, as a share of those of the step itself.
-inline double recomputed_share(const ModelConfig& c, const RunOptions& run) {
-  double N = double(run.B * run.T), C = double(c.d_model), repeated = 0;
-  for (int64_t l = 0; l < c.n_layer; ++l) {
-    Recompute policy = run.policy(l);
-    if (policy < Recompute::up) continue;
-    double width = c.is_dense(l) ? double(c.d_dense) : double(c.top_k * c.d_expert + c.d_shared);
-    repeated += 4 * N * C * width;
-    if (policy < Recompute::block) continue;
-    double heads = 2 * N * C * double(c.heads().qkv_width() + c.heads().q_width());
-    repeated += heads + 2 * N * double(run.T) * double(c.heads().q_width()) + 2 * N * C * double(c.n_expert);
-  }
-  return repeated / (N * training_flops_per_token(c, run.T));
+template <class Device>
+double recomputed_share(Device& dev, const ModelConfig& c, const RunOptions& run) {
+  const Plan plan = Model<Device>(dev, c, run).plan;
+  return OpWorks(c, run, plan, sizeof(typename Device::Real)).operations().share();
 }
 
 // --recompute auto: sets the cheapest policies that fit, for the layers of this rank's stage (and, in a job that runs, for
@@ -180,7 +173,7 @@ void print_policies(Device& dev, const Options& o, const RunOptions& run) {
   for (auto& [name, n] : count) std::printf(" %s x %d", name.c_str(), n);
   std::printf(" (plan %s of %s); predicted cost: %.1f %% more operations\n",
               readable_bytes(double(bytes_of(dev, o.model, run))).c_str(),
-              readable_bytes(double(budget_of(dev, o))).c_str(), 100 * recomputed_share(o.model, run));
+              readable_bytes(double(budget_of(dev, o))).c_str(), 100 * recomputed_share(dev, o.model, run));
 }
 
 // For a job that is only planned: its policies, and the first rank of the stage that needs most memory (of a tensor that

@@ -3,6 +3,7 @@
 wrote is read on the CPU; what a GPU cannot do is refused in one line.
 TRAINER=build/train_gpt_moe TRAINER_DEVICE=cuda python3 dev/test/test_gpu_trainer.py   (skipped without TRAINER_DEVICE)"""
 
+import json
 import re
 import shutil
 import subprocess
@@ -82,6 +83,20 @@ class OnTheGpu(GpuTrainerTest):
         output = self.ok(*self.training(*steps, *budget, model=model, out="auto"))
         self.assertRegex(output, r"recompute auto:.*(up|block).*predicted cost: [0-9.]+ % more operations")
         self.assertRegex(output, r"recomputation: [0-9.]+ % more operations predicted, [0-9.]+ % more time measured")
+
+    def test_profile(self):
+        """Steps timed op by op have the bits of those replayed from graphs; their ops add up to them."""
+        for dtype in ("bf16", "fp32"):
+            steps = ("--dtype", dtype, "--steps", 10)
+            want, run = self.trained(*steps, out=f"{dtype} plain"), self.trained(*steps, "--profile", out=f"{dtype} profiled")
+            self.assert_same_training(want, run)
+            slices = [e for e in json.loads((run / "profile.json").read_text())["traceEvents"] if e["ph"] == "X"]
+            whole = [s for s in slices if s["cat"] == "step"]
+            self.assertEqual([s["name"] for s in whole], [f"step {n}" for n in range(4, 9)])
+            for step in whole:
+                ops = [s for s in slices if s["cat"] not in ("step", "layer") and step["ts"] <= s["ts"] < step["ts"] + step["dur"]]
+                self.assertAlmostEqual(sum(s["dur"] for s in ops), step["dur"], delta=len(ops))
+                self.assertLessEqual({"experts up", "experts dW13", "attention backward", "classifier", "adamw"}, {s["name"] for s in ops})
 
     def test_what_does_not_fit_is_refused_with_the_nearest_that_does(self):
         before = self.files()
