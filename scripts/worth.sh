@@ -8,7 +8,8 @@
 #   scripts/worth.sh sweep        the learning rate: a run of a quarter of the steps for each shape and each of LRS
 #   scripts/worth.sh              the runs: about 17 minutes on one H100, estimated, not measured yet
 #   STEPS=1320                    of 32768 tokens: 43 million, 1.5 epochs of data/debian.py
-#   SHAPES='dense 8x2 64x8 128x8'  SEEDS='1 2 3'  LR=2e-3  LRS='1e-3 2e-3 4e-3'
+#   SHAPES='dense 8x2 64x8 128x8'  SEEDS='1 2 3'  LRS='1e-3 2e-3 4e-3'
+#   LR=2e-3                       or a rate a shape: 'dense=1e-3 8x2=2e-3 64x8=2e-3 128x8=2e-3'
 #   BUDGET_S=540                  start no run that would not end within so many seconds from now
 #   RUN=/dev/shm/worth            where runs are while they last; their checkpoints (up to 3 GB) are removed
 #   SIZE=toy                      2 layers of 64 on 512 tokens a step, to try the script out on a CPU (VOCABULARY=257: on bytes)
@@ -20,8 +21,11 @@
 #   8 layers                                           = 20,971,520 active, the embedding (tied to the head) aside
 #   the router            E*C a layer: 8*E*512, which is 0.2 % more with 8 experts, 1.2 % with 64, 2.5 % with 128
 #   head                  V*C      = 50257*512         = 25,731,584, the same for all
-# Balance losses are OLMoE's (0.01 and 0.001, means over layers), in our convention (a sum) divided by the 8 layers.
-# The learning rate is one for all: DeepSeek LLM (arXiv 2401.02954, section 3.1) fits 0.3118 * X^-0.125 for a compute of X
+# Gates are DeepSeek-V3's, sigmoids divided by their sum (arXiv 2412.19437, section 2.1.2), times K: K experts of width F then
+# add up to as much as one MLP of width K*F does. Gates that sum to 1 begin with a K-th of that, and a short run pays for it
+# (4 layers of 128, 64x8, 250 steps of 1024 bytes on a CPU: 2.72 nats a byte with softmax, 2.50 with these).
+# Balance losses are the trainer's defaults, 0.01 and 0.001 a layer (Switch Transformer, arXiv 2101.03961; ST-MoE, 2202.08906).
+# The learning rate is one for all unless LR says otherwise: DeepSeek LLM (arXiv 2401.02954, section 3.1) fits 0.3118 * X^-0.125 for a compute of X
 # operations; 6 * 21 M * 43 M tokens are 5.4e15: 3.4e-3 at the batch that it fits, 0.292 * X^0.3271 = 41,000 tokens; with 33,000
 # and smaller than any model it was fitted to, 2e-3, and the sweep is there to check that for every shape.
 set -euo pipefail
@@ -50,9 +54,9 @@ esac
 shape_options() {
   case $1 in
     dense) echo "--dense-layers $(seq -s, 0 $((layers - 1))) --d-dense $mlp" ;;
-    8x2) echo "--n-expert 8 --top-k 2 --d-expert $((mlp / 2))" ;;
-    64x8) echo "--n-expert 64 --top-k 8 --d-expert $((mlp / 8))" ;;
-    128x8) echo "--n-expert 128 --top-k 8 --d-expert $((mlp / 8))" ;;
+    8x2) echo "--n-expert 8 --top-k 2 --d-expert $((mlp / 2)) --gate sigmoid --route-scale 2" ;;
+    64x8) echo "--n-expert 64 --top-k 8 --d-expert $((mlp / 8)) --gate sigmoid --route-scale 8" ;;
+    128x8) echo "--n-expert 128 --top-k 8 --d-expert $((mlp / 8)) --gate sigmoid --route-scale 8" ;;
     *) echo "worth: shape '$1' is not one of dense, 8x2, 64x8, 128x8" >&2; return 1 ;;
   esac
 }
@@ -63,10 +67,24 @@ options() {
   echo "--preset gpt124-8x2 --n-layer $layers --d-model $width --n-head $heads --n-kv-head $heads --head-dim $((width / heads))" \
     "--qk-norm true --tied true --vocab-size $vocabulary $shape --batch-size $batch --seq-len $tokens --steps $STEPS" \
     "--warmup-steps $((STEPS / 12)) --lr $3 --seed $2" \
-    "--aux-coef $(python3 -c "print(0.01 / $layers)") --z-coef $(python3 -c "print(0.001 / $layers)")" \
     "--eval-every $(((STEPS + 15) / 16))"
 }
-for shape in $SHAPES; do shape_options "$shape" >/dev/null; done
+lr_of() {  # lr_of SHAPE, out of LR
+  local word
+  for word in $LR; do
+    case $word in
+      "$1"=*) echo "${word#*=}"; return ;;
+      *=*) ;;
+      *) echo "$word"; return ;;
+    esac
+  done
+  echo "worth: LR '$LR' has no learning rate for $1" >&2
+  return 1
+}
+for shape in $SHAPES; do
+  shape_options "$shape" >/dev/null
+  lr_of "$shape" >/dev/null
+done
 
 if [ -z "${TRAINER:-}" ]; then
   make train_gpt_moe
@@ -82,7 +100,7 @@ trap 'rm -rf "$RUN"' EXIT
 
 if [ "$verb" = probe ]; then
   for shape in $SHAPES; do
-    "$TRAINER" --device "$DEVICE" $(options "$shape" 1 "$LR") --stop-after 40 --train-data "$DATA/debian_train_*.bin" \
+    "$TRAINER" --device "$DEVICE" $(options "$shape" 1 "$(lr_of "$shape")") --stop-after 40 --train-data "$DATA/debian_train_*.bin" \
       --val-data '' --out "$RUN/$shape" >"$RUN/$shape.log" || { tail -n 3 "$RUN/$shape.log" >&2; exit 1; }
     rm -rf "$RUN/$shape"/step_*
   done
@@ -92,10 +110,12 @@ fi
 
 bench=worth
 [ $verb != sweep ] || bench=worth_sweep SEEDS=${SEEDS:-1}
-[ $verb = sweep ] || LRS=$LR
+[ $verb = sweep ] || LRS=own
 for seed in ${SEEDS:-1 2 3}; do
-  for lr in $LRS; do
+  for each in $LRS; do
     for shape in $SHAPES; do
+      lr=$each
+      [ "$each" != own ] || lr=$(lr_of "$shape")
       given=$(options "$shape" "$seed" "$lr")
       about=(--out "$OUT" --data "$DATA" --gpu "$gpu" --bench $bench --options "$given")
       takes=$(python3 scripts/worth.py find "${about[@]}" --shape "$shape")  # "there", or seconds

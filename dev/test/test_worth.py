@@ -120,9 +120,9 @@ class Runs(InFolder):
         return [json.loads(line) for line in self.out.read_text().splitlines()]
 
     def test_all_shapes(self):
-        result = self.worth(SHAPES="dense 8x2")
+        result = self.worth(SHAPES="dense 8x2", LR="8x2=3e-3 5e-3")
         self.assertEqual(result.returncode, 0, result.stderr)
-        result = self.worth()  # goes on with the others
+        result = self.worth(LR="8x2=3e-3 5e-3")  # goes on with the others
         self.assertEqual(result.returncode, 0, result.stderr)
         rows = self.rows()
         self.assertEqual([row["shape"] for row in rows], SHAPES)
@@ -134,7 +134,8 @@ class Runs(InFolder):
         dense = rows[0]["active"]
         self.assertEqual([row["active"] - dense for row in rows], [0, 2 * 8 * 64, 2 * 64 * 64, 2 * 128 * 64])
         self.assertEqual(list((self.folder / "run").iterdir()), [])
-        self.assertNotIn("==", self.worth().stdout)  # all are there
+        self.assertEqual([row["lr"] for row in rows], [5e-3, 3e-3, 5e-3, 5e-3])
+        self.assertNotIn("==", self.worth(LR="8x2=3e-3 5e-3").stdout)  # all are there
         self.assertEqual(self.rows(), rows)
 
     def test_budget(self):
@@ -161,7 +162,7 @@ class Runs(InFolder):
         for arguments, variables, status, line in (
                 (["fly"], {}, 2, "'fly' is not one of run, probe, sweep"), (["run", "--fast"], {}, 2, "'--fast'"),
                 ([], {"SIZE": "huge"}, 2, "SIZE 'huge'"), ([], {"STEPS": "4"}, 2, "STEPS '4'"), ([], {"BUDGET_S": "soon"}, 2, "BUDGET_S"),
-                ([], {"SHAPES": "dense 9x9"}, 1, "'9x9'"), ([], {"DATA": str(self.folder)}, 1, "data/debian.py makes the text"),
+                ([], {"SHAPES": "dense 9x9"}, 1, "'9x9'"), ([], {"LR": "dense=1e-3"}, 1, "no learning rate for 8x2"), ([], {"DATA": str(self.folder)}, 1, "data/debian.py makes the text"),
                 ([], {"TRAINER": str(self.folder / "none")}, 1, "no program")):
             result = self.worth(*arguments, **variables)
             self.assertEqual(result.returncode, status, result.stderr)
