@@ -216,7 +216,8 @@ def section(shapes):
         return []
     dense, row = shapes[0], shapes[0].rows[-1]
     text, tokens = row["text"], dense.tokens[-1]
-    rates = sorted({f"{r['lr']:g}" for shape in shapes for r in shape.rows})
+    rates = {shape.name: "/".join(sorted({f"{r['lr']:g}" for r in shape.rows})) for shape in shapes}
+    rates_text = rates["dense"] if len(set(rates.values())) == 1 else ", ".join(f"{rate} ({name})" for name, rate in rates.items())
     commits = sorted({r["commit"] for shape in shapes for r in shape.rows})
     active = [r["active"] for shape in shapes for r in shape.rows]
     lines = [
@@ -224,7 +225,7 @@ def section(shapes):
         f"A dense model and MoE models of the same compute a token ({millions(min(active))} active parameters without embeddings, up to "
         f"{millions(max(active))} with routers), on the same text (`data/debian.py`: {millions(text['train']['tokens'])} tokens of "
         f"documentation and source code; {millions(tokens)} were trained on, {tokens / text['train']['tokens']:.2g} epochs), "
-        f"{seeds_text(shapes)}, learning rate {', '.join(rates)}; {row['gpu'].upper() if row['gpu'] != 'cpu' else 'CPU'}, {row['date']}, "
+        f"{seeds_text(shapes)}, gates that sum to the number of experts a token, learning rate {rates_text}; {row['gpu'].upper() if row['gpu'] != 'cpu' else 'CPU'}, {row['date']}, "
         f"commit {', '.join(commits)}. `scripts/worth.sh` runs it all; the results are in `dev/results/worth.jsonl`.", "",
         "| | parameters | validation loss, mean (range) | bits a byte | tokens/s | GiB | dense's last loss is reached after |",
         "|---|---:|---:|---:|---:|---:|---:|"]

@@ -93,6 +93,10 @@ fi
 [ -x "$TRAINER" ] || { echo "worth: no program $TRAINER" >&2; exit 1; }
 commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 gpu=$([ "$DEVICE" = cpu ] || nvidia-smi --query-gpu=name --format=csv,noheader -i 0 2>/dev/null) || gpu=
+if [ $SIZE = full ] && [ -z "$gpu" ]; then
+  echo "worth: nvidia-smi finds no GPU; SIZE=toy DEVICE=cpu tries the script out without" >&2
+  exit 1
+fi
 began=$SECONDS run_id=${RUN_ID:-$(date -u +%Y%m%dT%H%M%SZ)}
 mkdir -p "$RUN" "$(dirname "$OUT")"
 RUN=$(mktemp -d "$RUN/XXXXXX")

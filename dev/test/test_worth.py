@@ -54,7 +54,7 @@ class Table(InFolder):
         # 4.01 nats a token of 3 bytes; from 6 at a straight line to 3.61, of which 4.01 is at 83 %.
         self.assertIn("| dense | 50.0 M | 4.010 (4.000 to 4.020) | 1.928 | 500,000 | 6.0 | 4.0 M tokens, 20 s |", written)
         self.assertIn("83 % of the tokens, 83 % of the seconds |", written)
-        self.assertIn("2 seeds each, learning rate 0.002; H100, 2026-11-22, commit abc", written)
+        self.assertIn("2 seeds each, gates that sum to the number of experts a token, learning rate 0.002; H100, 2026-11-22, commit abc", written)
         self.assertIn("4.0 M were trained on, 2 epochs", written)
         self.assertIn("the ranges are 0.380 apart or more, and the widest is 0.020.", written)
         texts = [e.text for e in xml.fromstring(self.chart.read_text()).iter() if e.tag.endswith("text")]
@@ -68,9 +68,10 @@ class Table(InFolder):
         self.assertEqual(self.readme.read_text(), "# Title\n<!-- worth -->\n<!-- end worth -->\nthe rest\n")
 
     def test_what_is_shown(self):
-        worse = [run_row("8x2", 1, 4.5), run_row("8x2", 2, 4.01)]
+        worse = [run_row("8x2", 1, 4.5, lr=0.001), run_row("8x2", 2, 4.01, lr=0.001)]
         self.table(self.ROWS + worse)
         written = self.readme.read_text()
+        self.assertIn("learning rate 0.002 (dense), 0.001 (8x2), 0.002 (64x8);", written)
         self.assertIn("The seeds of dense and 8x2 overlap", written)
         self.assertRegex(written, r"\| 8x2 .*\| not \|")
         self.assertLess(written.index("| 8x2 |"), written.index("| 64x8 |"))
@@ -161,7 +162,7 @@ class Runs(InFolder):
     def test_refusals(self):
         for arguments, variables, status, line in (
                 (["fly"], {}, 2, "'fly' is not one of run, probe, sweep"), (["run", "--fast"], {}, 2, "'--fast'"),
-                ([], {"SIZE": "huge"}, 2, "SIZE 'huge'"), ([], {"STEPS": "4"}, 2, "STEPS '4'"), ([], {"BUDGET_S": "soon"}, 2, "BUDGET_S"),
+                ([], {"SIZE": "huge"}, 2, "SIZE 'huge'"), ([], {"SIZE": "full"}, 1, "finds no GPU"), ([], {"STEPS": "4"}, 2, "STEPS '4'"), ([], {"BUDGET_S": "soon"}, 2, "BUDGET_S"),
                 ([], {"SHAPES": "dense 9x9"}, 1, "'9x9'"), ([], {"LR": "dense=1e-3"}, 1, "no learning rate for 8x2"), ([], {"DATA": str(self.folder)}, 1, "data/debian.py makes the text"),
                 ([], {"TRAINER": str(self.folder / "none")}, 1, "no program")):
             result = self.worth(*arguments, **variables)
