@@ -25,11 +25,11 @@
 # add up to as much as one MLP of width K*F does. Gates that sum to 1 begin with a K-th of that, and a short run pays for it
 # (4 layers of 128, 64x8, 250 steps of 1024 bytes on a CPU: 2.72 nats a byte with softmax, 2.50 with these).
 # Balance losses are the trainer's defaults, 0.01 and 0.001 a layer (Switch Transformer, arXiv 2101.03961; ST-MoE, 2202.08906).
-# The learning rate is one for all unless LR says otherwise: DeepSeek LLM (arXiv 2401.02954, section 3.1) fits 0.3118 * X^-0.125 for a compute of X
-# operations; 6 * 21 M * 43 M tokens are 5.4e15: 3.4e-3 at the batch that it fits, 0.292 * X^0.3271 = 41,000 tokens; with 33,000
-# and smaller than any model it was fitted to, 2e-3. In the toy runs above that was the best of 1e-3, 2e-3, 4e-3 and 8e-3 for
-# each shape, or within 0.03 nats of it (dense 2.575 2.575 2.752 2.804; at 2e-3 and 4e-3 8x2 2.527 2.562, 64x8 2.502 2.475, 128x8
-# 2.498 2.493). The sweep checks it at full size.
+# The learning rate is one for all unless LR says otherwise: DeepSeek LLM (arXiv 2401.02954, section 3.1) fits 0.3118 * X^-0.125
+# for a compute of X operations; 6 * 21 M * 43 M tokens are 5.4e15: 3.4e-3 at the batch that it fits, 0.292 * X^0.3271 = 41,000
+# tokens; with 33,000 and smaller than any model it was fitted to, 2e-3. In toy runs as above that was within 0.03 nats of the
+# best that was tried: dense 2.575 2.575 2.752 2.804 at 1e-3 2e-3 4e-3 8e-3; at 2e-3 and 4e-3 8x2 2.527 2.562, 64x8 2.502 2.475,
+# 128x8 2.498 2.493. The sweep checks it at full size.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
