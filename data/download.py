@@ -47,7 +47,7 @@ def fetch(url, path, sha256=None, check=None):
                     reason = getattr(error, "reason", error)
                     shards.fail(f"cannot download from {urllib.parse.urlsplit(url).hostname}: {reason} (no network?){kept}")
                 time.sleep(attempt)
-        wrong = "its sha256 is not the expected one" if sha256 and _sha256(part) != sha256 else None
+        wrong = "its sha256 is not the expected one" if sha256 and sha256_of(part) != sha256 else None
         wrong = wrong or (check(part) if check else None)
         if wrong:
             part.unlink()
@@ -118,7 +118,8 @@ def _progress(name, have, total):
         print(f"\r{name}: {have / 1e6:,.0f}{of} MB ", end="", file=sys.stderr, flush=True)
 
 
-def _sha256(path):
+def sha256_of(path):
+    """In hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(CHUNK), b""):
