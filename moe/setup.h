@@ -21,7 +21,7 @@ inline bool graphs_possible(const Options& o, Transport t) {
 inline RunOptions run_options(const Options& o) {
   RunOptions r;
   r.B = o.batch_size, r.T = o.seq_len, r.micro_steps = o.micro_steps();
-  r.evaluate = !o.val_data.empty();
+  r.evaluate = !o.val_data.empty() || !o.hellaswag.empty(), r.token_losses = !o.hellaswag.empty();
   r.decode_positions = o.sample_every ? (o.context ? o.context : o.seq_len) : 0;
   r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 || o.layout.stage_ranks() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
