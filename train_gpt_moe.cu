@@ -60,6 +60,11 @@ class Trainer {
       fail(o_.train_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
            info_.tokenizer_id, " (0 GPT-2, 1 bytes)");
     if (!known_tokenizer) info_.tokenizer_id = shards;
+    const bool other = !known_tokenizer && shards == Tokenizer::kBytes;  // than that of the model we start from, if any
+    if (other) info_.tokenizer_files.clear(), info_.token_ids.clear();
+    if (info_.tokenizer_files.empty())
+      if (auto known = tokenizer_of(train_->shards(), o_.model.vocab_size, o_.tokenizer_ranks))
+        info_.tokenizer_files = make_tokenizer_files(*known);
     if (!o_.hellaswag.empty()) {
       questions_ = std::make_unique<MultipleChoice>(o_.hellaswag, int(o_.model.vocab_size));
       check_questions(*questions_, info_.tokenizer_id, o_.seq_len);
@@ -448,7 +453,7 @@ void train_main(Options o, Device& dev, World& world) {
   trainer.train();
 }
 
-// A model loaded from --checkpoint, not to be trained. choose(run): what of it is needed, given info and a batch of 1.
+// A model loaded from --checkpoint, not to be trained. choose(run, config) says what of it is needed, before it is loaded.
 template <class Device, class Choose>
 std::unique_ptr<Model<Device>> load_for_use(Options& o, Device& dev, ModelFileInfo& info, Choose choose) {
   o.checkpoint = checkpoint_directory("--checkpoint", o.checkpoint);
@@ -456,7 +461,7 @@ std::unique_ptr<Model<Device>> load_for_use(Options& o, Device& dev, ModelFileIn
   ModelConfig config = model_of(o.checkpoint, o, info, model_type);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
-  choose(run);
+  choose(run, config);
   check_limits<Device>(config, run.B, run.T);
   auto model = std::make_unique<Model<Device>>(dev, config, run);
   check_weights(*model, o.checkpoint, model_type);
@@ -471,7 +476,7 @@ std::unique_ptr<Model<Device>> load_for_use(Options& o, Device& dev, ModelFileIn
 template <class Device>
 void generate_main(Options o, Device& dev) {
   ModelFileInfo info;
-  auto model = load_for_use(o, dev, info, [&](RunOptions& run) {
+  auto model = load_for_use(o, dev, info, [&](RunOptions& run, const ModelConfig&) {
     run.decode_positions = o.context ? o.context : std::clamp<int64_t>(info.seq_len, 2, 4096);
   });
   Tokenizer tokenizer = Tokenizer::for_id(info.tokenizer_id, o.tokenizer_ranks);
@@ -491,7 +496,7 @@ void generate_main(Options o, Device& dev) {
 template <class Device>
 void export_main(Options o, Device& dev) {
   ModelFileInfo info;
-  auto model = load_for_use(o, dev, info, [](RunOptions& run) { run.decode_positions = 2; });
+  auto model = load_for_use(o, dev, info, [](RunOptions& run, const ModelConfig&) { run.decode_positions = 2; });
   std::string reason;
   if (hf_model_type(model->config, &reason) == "gpt_moe")
     fail("--export hf: no Hugging Face class expresses ", reason, "; the checkpoint can only be used here");
@@ -500,6 +505,9 @@ void export_main(Options o, Device& dev) {
     fail("--export hf: ", o.out, " is not an empty directory; choose another --out");
   std::filesystem::create_directories(o.out, error);
   if (error) fail(o.out, ": cannot create: ", error.message());
+  if (info.own && info.tokenizer_files.empty())  // of before checkpoints had them
+    if (auto known = tokenizer_of(info.tokenizer_id, model->config.vocab_size, o.tokenizer_ranks))
+      info.tokenizer_files = make_tokenizer_files(*known);
   write_model(*model, o.out, info);
   std::printf("wrote %s (%s)\n", o.out.c_str(), hf_model_type(model->config).c_str());
 }
@@ -510,26 +518,25 @@ void evaluate_main(Options o, Device& dev) {
   ModelFileInfo info;
   std::unique_ptr<DataLoader> data;
   std::unique_ptr<MultipleChoice> questions;
-  auto model = load_for_use(o, dev, info, [&](RunOptions& run) {
-    if (!o.seq_len_given && info.seq_len > 0) o.seq_len = std::clamp<int64_t>(info.seq_len, 1, 4096);
-    run.B = o.batch_size, run.T = o.seq_len, run.evaluate = true;
-    run.logits = !o.logits.empty(), run.token_losses = !o.hellaswag.empty();
-  });
-  const int64_t V = model->config.vocab_size;
   auto stop = [] { return bool(stop_requested); };
   auto watched = [](const char*, auto f) { f(); };
-  if (!o.val_data.empty()) {
-    data = std::make_unique<DataLoader>(TokenShards(o.val_data, int(V)), int(o.seq_len), o.seed, false);
-    const int shards = data->shards().tokenizer_id();
-    if (info.own && shards != 0 && shards != info.tokenizer_id)
-      fail(o.val_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ", info.tokenizer_id,
-           " (0 GPT-2, 1 bytes)");
-    if (data->eval_windows() == 0) fail(o.val_data, ": holds no token to predict");
-  }
-  if (!o.hellaswag.empty()) {
-    questions = std::make_unique<MultipleChoice>(o.hellaswag, int(V));
+  auto model = load_for_use(o, dev, info, [&](RunOptions& run, const ModelConfig& config) {
+    if (!o.seq_len_given && info.seq_len > 0) o.seq_len = std::min<int64_t>(info.seq_len, 4096);
+    run.B = o.batch_size, run.T = o.seq_len, run.evaluate = true;
+    run.logits = !o.logits.empty(), run.token_losses = !o.hellaswag.empty();
+    if (!o.val_data.empty()) {
+      data =
+          std::make_unique<DataLoader>(TokenShards(o.val_data, int(config.vocab_size)), int(o.seq_len), o.seed, false);
+      const int shards = data->shards().tokenizer_id();
+      if (info.own && shards != 0 && shards != info.tokenizer_id)
+        fail(o.val_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
+             info.tokenizer_id, " (0 GPT-2, 1 bytes)");
+      if (data->eval_windows() == 0) fail(o.val_data, ": holds no token to predict");
+    }
+    if (o.hellaswag.empty()) return;
+    questions = std::make_unique<MultipleChoice>(o.hellaswag, int(config.vocab_size));
     check_questions(*questions, info.own ? info.tokenizer_id : -1, o.seq_len);
-  }
+  });
   if (!o.logits.empty()) {
     if (!write_logits(*model, *data, o.logits, stop)) fail("--logits ", o.logits, ": stopped by a signal");
     std::printf("wrote %s: logits of %lld windows of %lld tokens\n", o.logits.c_str(), (long long)data->eval_windows(),
@@ -540,7 +547,7 @@ void evaluate_main(Options o, Device& dev) {
     auto loss = validation_loss(*model, *data, stop, watched);
     if (!loss) return;
     std::printf("val_loss %.9g over %lld tokens", *loss, (long long)data->eval_targets());
-    if (auto known = tokenizer_of(data->shards(), V, o.tokenizer_ranks))
+    if (auto known = tokenizer_of(data->shards(), model->config.vocab_size, o.tokenizer_ranks))
       std::printf(" | %.9g bits a byte",
                   bits_per_byte(*loss, data->eval_targets(), target_bytes(data->shards(), *known)));
     std::printf("\n");

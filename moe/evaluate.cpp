@@ -4,13 +4,17 @@
 
 #include <cmath>
 
-std::optional<Tokenizer> tokenizer_of(const TokenShards& shards, int64_t vocab_size, const std::string& ranks_path) {
-  if (shards.tokenizer_id() == Tokenizer::kBytes) return Tokenizer::bytes();
+std::optional<Tokenizer> tokenizer_of(int tokenizer_id, int64_t vocab_size, const std::string& ranks_path) {
+  if (tokenizer_id == Tokenizer::kBytes) return Tokenizer::bytes();
   const bool gpt2 = vocab_size >= 50257 && vocab_size <= 50304;
-  const bool narrow =
-      std::none_of(shards.views().begin(), shards.views().end(), [](const ShardView& v) { return v.wide; });
-  if (!gpt2 || !narrow || access(ranks_path.c_str(), R_OK) != 0) return std::nullopt;
+  if (!gpt2 || access(ranks_path.c_str(), R_OK) != 0) return std::nullopt;
   return Tokenizer::gpt2(ranks_path);
+}
+
+std::optional<Tokenizer> tokenizer_of(const TokenShards& shards, int64_t vocab_size, const std::string& ranks_path) {
+  for (const ShardView& view : shards.views())
+    if (view.wide && shards.tokenizer_id() == Tokenizer::kGpt2) return std::nullopt;
+  return tokenizer_of(shards.tokenizer_id(), vocab_size, ranks_path);
 }
 
 int64_t target_bytes(const TokenShards& shards, const Tokenizer& tokenizer) {

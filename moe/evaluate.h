@@ -12,8 +12,10 @@
 #include "moe/model.h"
 #include "moe/pipeline.h"
 
-// The tokenizer of shards, if its text is known: bytes; or GPT-2 where the vocabulary is GPT-2's (up to padding), ids are
-// 16 bits wide, and the file of its ranks is there, since shards without a tokenizer's number count as GPT-2's.
+// The tokenizer of that number, if it is known for sure: bytes; or GPT-2 where the vocabulary is GPT-2's (up to padding) and
+// the file of its ranks is there, since what has no tokenizer's number counts as GPT-2's.
+std::optional<Tokenizer> tokenizer_of(int tokenizer_id, int64_t vocab_size, const std::string& ranks_path);
+// That of shards, whose ids are 16 bits wide then.
 std::optional<Tokenizer> tokenizer_of(const TokenShards& shards, int64_t vocab_size, const std::string& ranks_path);
 
 // Bytes of text that the targets of an evaluation spell (DataLoader::eval_sample); end-of-text is none.

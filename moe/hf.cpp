@@ -96,8 +96,10 @@ ordered_json hf_config(const ModelConfig& c, const ModelFileInfo& info) {
   j["tie_word_embeddings"] = c.tied;
   j["hidden_act"] = "silu";
   j["torch_dtype"] = info.dtype;
-  j["bos_token_id"] = eot;
-  j["eos_token_id"] = eot;
+  for (const char* key : {"bos_token_id", "eos_token_id"})
+    j[key] = info.token_ids.contains(key) ? info.token_ids[key]
+             : eot < c.vocab_size         ? ordered_json(eot)
+                                          : ordered_json();
   j["gpt_moe"] = own_fields(c);
   j["gpt_moe"]["tokenizer_id"] = info.tokenizer_id;
   return j;
@@ -139,6 +141,8 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
   read("model_type", model_type);
   read.optional("max_position_embeddings", info.seq_len);
   read.optional("torch_dtype", info.dtype), read.optional("dtype", info.dtype);
+  for (const char* key : {"bos_token_id", "eos_token_id"})
+    if (j.contains(key)) info.token_ids[key] = j[key];
   ModelConfig c;
   if (auto own = j.find("gpt_moe"); own != j.end() && own->is_object()) {
     Reader r{*own, path};

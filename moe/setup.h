@@ -60,6 +60,7 @@ void choose_transport(Device& dev, const Options& o, RunOptions& run) {
 // experts are balanced it may change, option by option.
 inline ModelConfig model_of(const std::string& dir, const Options& o, ModelFileInfo& info, std::string& model_type) {
   ModelConfig c = read_hf_config(dir + "/config.json", info, model_type), asked = o.model;
+  info.tokenizer_files = read_tokenizer_files(dir);
   for (const std::string& name : o.balance_options_given) {
     if (name == "--balance") c.balance = asked.balance;
     if (name == "--balance-scope") c.balance_scope = asked.balance_scope;
