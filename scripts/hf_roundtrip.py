@@ -4,6 +4,8 @@
   theirs -> ours   a small randomly initialised model, saved by transformers into several files with an index, gives the
                    same logits here, trains on here, and goes back by --export hf with every tensor as it was
   ours -> theirs   a checkpoint of a run here opens in transformers as it is, with our logits; so does an export
+  dense -> MoE     a dense Qwen3 or Llama model of transformers, made into experts by scripts/upcycle.py, gives the dense
+                   model's logits here
 
     scripts/hf_roundtrip.py [--trainer ./train_gpt_moe] [--device cpu|cuda] [--dtypes fp32,bf16] [--fixtures DIR]
 
@@ -43,6 +45,7 @@ KINDS = {
     "mixtral": (dict(num_local_experts=4, intermediate_size=24, sliding_window=None),
                 "--n-expert 4 --d-expert 24 --qk-norm false --tied false"),
 }
+DENSE = {"qwen3_moe": ("Qwen3Config", "Qwen3ForCausalLM"), "mixtral": ("LlamaConfig", "LlamaForCausalLM")}
 OURS = "--n-layer 2 --d-model 32 --n-head 4 --n-kv-head 2 --head-dim 16".split() + ["--vocab-size", str(V)]
 
 
@@ -51,7 +54,11 @@ def their_model(kind, seed=7):
     classes = {"qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
                "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM)}
     config, model = classes[kind]
-    model = model(config(**COMMON, **KINDS[kind][0])).eval()
+    return shaken(model(config(**COMMON, **KINDS[kind][0])))
+
+
+def shaken(model):
+    model.eval()
     with torch.no_grad():  # norms start at one, where a wrong one would not show
         for name, p in model.named_parameters():
             if p.dim() == 1:
@@ -98,9 +105,10 @@ class Roundtrip:
         file = load_file(path)
         return file["tokens"], file["targets"], file["logits"]
 
-    def compare(self, what, directory, dtype):
-        """Logits of one directory here and there, where there is a token."""
+    def compare(self, what, directory, dtype, there=None):
+        """Logits of one directory here and there (in directory `there`, if another), where there is a token."""
         tokens, targets, mine = self.our_logits(directory, dtype)
+        directory = there or directory
         here = targets.reshape(-1) >= 0
         flat = lambda logits: logits.reshape(-1, V)[here].double()
         mine, truth = flat(mine), flat(their_logits(directory, tokens, torch.float32))
@@ -149,6 +157,18 @@ class Roundtrip:
         self.compare(f"{kind} made here, exported", exported, dtype)
 
 
+    def dense_to_moe(self, kind):
+        config, model = (getattr(transformers, name) for name in DENSE[kind])
+        torch.manual_seed(5)
+        source, moe = self.work / f"{kind}.dense", self.work / f"{kind}.upcycled"
+        keys = {k: v for k, v in COMMON.items() if k != "num_experts_per_tok"}
+        shaken(model(config(**keys, intermediate_size=48))).save_pretrained(source, max_shard_size="40KB")
+        script = Path(__file__).resolve().parent / "upcycle.py"
+        subprocess.run([sys.executable, script, "--from", source, "--out", moe, "--n-expert", "4"], check=True, stdout=subprocess.DEVNULL)
+        self.compare(f"{DENSE[kind][1]} upcycled, with the dense model", moe, "fp32", there=source)
+        self.compare(f"{DENSE[kind][1]} upcycled, with itself", moe, "fp32")
+
+
 def write_fixtures(folder, work):
     """DIR/KIND: the model as this version of transformers saves it, with its logits of tokens.bin in fp32 and bf16."""
     shard(work / "tokens.bin")
@@ -186,6 +206,7 @@ def main():
             for dtype in args.dtypes.split(","):
                 roundtrip.theirs_to_ours(kind, dtype)
                 roundtrip.ours_to_theirs(kind, dtype)
+            roundtrip.dense_to_moe(kind)
         print(f"{roundtrip.passed} passed, {roundtrip.failed} failed")
         sys.exit(roundtrip.failed > 0)
 

@@ -171,6 +171,49 @@ class Damaged(HfTest):
         self.refused(["--checkpoint", model, "--val-data", self.train], self.train, "128")  # a byte shard
 
 
+def transformers():
+    try:
+        import transformers
+        return transformers
+    except ImportError:
+        return None
+
+
+@unittest.skipUnless(transformers(), "needs transformers")
+class Tokenizers(TrainerTest):
+    """AutoTokenizer opens a checkpoint's tokenizer, with the ids of its shards."""
+
+    def opened(self, *more):
+        run = self.trained("--steps", 1, *more)
+        self.ok("--export", "hf", "--checkpoint", run, "--out", self.path("hf"))
+        both = [transformers().AutoTokenizer.from_pretrained(d) for d in (self.checkpoint(run), self.path("hf"))]
+        self.assertEqual(both[0].get_vocab(), both[1].get_vocab())
+        return both[0]
+
+    def test_bytes(self):
+        tokenizer = self.opened()
+        self.assertEqual((len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id), (257, 256, 256))
+        for words in ("In the beginning", "  two  spaces \n\n\ttab", "Füße, 3 €, 世界 \U0001F600", "".join(map(chr, range(256)))):
+            self.assertEqual(tokenizer.encode(words, add_special_tokens=False), list(words.encode()))
+            self.assertEqual(tokenizer.decode(list(words.encode())), words)
+        self.assertEqual(tokenizer.encode("<|endoftext|>a"), [256, 97])
+
+    @unittest.skipUnless((ROOT / "data" / "gpt2.tiktoken").exists(), "needs data/gpt2.tiktoken")
+    def test_gpt2(self):
+        data = self.path("gpt2.bin")
+        data.write_bytes(shard_bytes([1] * 100, tokenizer=0))
+        tokenizer = self.opened("--train-data", data, "--vocab-size", 50257, "--tokenizer-ranks", ROOT / "data" / "gpt2.tiktoken")
+        self.assertEqual((len(tokenizer), tokenizer.eos_token_id), (50257, 50256))
+        cases = json.loads((FIXTURES.parent / "gpt2_strings.json").read_text())
+        self.assertGreater(len(cases), 20)
+        for case in cases:
+            words, ids = case["text"], case["ids"]
+            if "<|endoftext|>" not in words:  # which transformers takes for the token
+                self.assertEqual(tokenizer.encode(words, add_special_tokens=False), ids, words)
+                self.assertEqual(tokenizer.decode(ids), words)
+
+
+@unittest.skipIf(DEVICE == "cuda", "scripts/test_gpu.sh runs the script by itself")
 class WithTransformers(unittest.TestCase):
     def test_round_trip(self):
         run = subprocess.run([sys.executable, str(ROOT / "scripts" / "hf_roundtrip.py"), "--trainer", str(TRAINER), "--device", DEVICE],

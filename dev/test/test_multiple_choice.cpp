@@ -71,13 +71,13 @@ TEST_F(Questions, TheLowestAverageIsTheAnswer) {
   // lengths 1 2 3 1 and 2 1 1 1
   EXPECT_EQ(q.correct(std::vector<double>{3, 4, 5.7, 2, 1.9, 1, 2, 2}), 2);  // not the lowest sums, 2 and 1
   EXPECT_EQ(q.correct(std::vector<double>{3, 4, 6.3, 2, 2.1, 1, 2, 2}), 0);
-  EXPECT_EQ(q.correct(std::vector<double>{3, 4, 3, 1, 2, 1, 1, 1}), 1);  // of equals the first
+  EXPECT_EQ(q.correct(std::vector<double>{3, 2, 3, 5, 2, 1, 1, 1}), 1);  // of equals the first
   EXPECT_EQ(q.correct(std::vector<double>{3, 4, 3, NAN, 1, 1, 1, inf}), 0);
 }
 
 TEST_F(Questions, ForeignAndTruncated) {
   const std::string whole = file_of(good);
-  for (const std::string& bytes : {std::string(), std::string("{\"ctx\": 1}"), whole.substr(0, 7)})
+  for (const std::string& bytes : {std::string(), std::string("{\"ctx\": 1}"), whole.substr(0, 3)})
     refused(bytes, "not a file of multiple-choice questions", "data/hellaswag.py");
   refused(file_of(good, {20240520, 1, 2, 100, 0}), "20240520");
   refused(file_of(good, {20240522, 2, 2, 100, 0}), "20240522, 2");
@@ -103,7 +103,10 @@ TEST_F(Questions, ExamplesThatContradictThemselves) {
   refused(changed(2, 5), "example 1", "calls itself 5");
   refused(changed(3, 4), "example 1", "completion 4 of 4");
   refused(changed(4, 1), "example 1", "of 1");
-  refused(changed(4, 5), "example 1", "ends before");
+  refused(changed(4, 5), "example 1", "truncated: completion");
+  std::vector<Ids> examples = good;
+  examples[0][4] = 5;
+  refused(file_of(examples), "example 0", "ends before completion");
   refused(changed(5, 0), "example 1", "empty context");
   refused(changed(7, 0), "example 1", "empty completion");
   refused(changed(7, 60000), "example 1");
