@@ -344,14 +344,15 @@ class Trainer {
       const int64_t targets = val_->eval_targets();
       log_.validation(step_, *loss);
       nlohmann::ordered_json record{{"step", step_}, {"val_loss", *loss}};
-      std::string bits;
+      char bits[40] = "";
       if (val_bytes_) {
-        record["val_bits_per_byte"] = bits_per_byte(*loss, targets, val_bytes_);
-        bits = " | " + format_number(bits_per_byte(*loss, targets, val_bytes_)) + " bits a byte";
+        const double value = bits_per_byte(*loss, targets, val_bytes_);
+        record["val_bits_per_byte"] = value;
+        std::snprintf(bits, sizeof bits, " | %.4f bits a byte", value);
       }
       log_.record(record);
       console_.line("step %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s%s", (long long)step_,
-                    (long long)total_steps_, *loss, (long long)targets, seconds(), bits.c_str());
+                    (long long)total_steps_, *loss, (long long)targets, seconds(), bits);
     }
     if (!questions_) return;
     begin = Clock::now();

@@ -175,6 +175,7 @@ class BitsPerByte(TrainerTest):
         run = self.trained("--steps", 2, "--val-data", self.val)
         r = self.evaluated(run)
         self.assertAlmostEqual(r["val_bits_per_byte"], r["val_loss"] * (2 * len(words) + 2) / (2 * len(words)) / math.log(2), 6)
+        self.assertIn(f" | {r['val_bits_per_byte']:.4f} bits a byte\n", self.ok(*self.training("--steps", 2, "--val-data", self.val, out="again")))
         output = self.ok("--checkpoint", run, "--val-data", self.val)
         self.assertEqual(output, f"val_loss {r['val_loss']:.9g} over {2 * len(words) + 2} tokens | {r['val_bits_per_byte']:.9g} bits a byte\n")
 
