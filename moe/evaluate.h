@@ -12,8 +12,8 @@
 #include "moe/model.h"
 #include "moe/pipeline.h"
 
-// The tokenizer of that number, if it is known for sure: bytes; or GPT-2 where the vocabulary is GPT-2's (up to padding) and
-// the file of its ranks is there, since what has no tokenizer's number counts as GPT-2's.
+// The tokenizer of that number, if it is known for sure: bytes; or GPT-2 where the vocabulary is GPT-2's (up to padding)
+// and the file of its ranks is there, since what has no tokenizer's number counts as GPT-2's.
 std::optional<Tokenizer> tokenizer_of(int tokenizer_id, int64_t vocab_size, const std::string& ranks_path);
 // That of shards, whose ids are 16 bits wide then.
 std::optional<Tokenizer> tokenizer_of(const TokenShards& shards, int64_t vocab_size, const std::string& ranks_path);
@@ -28,8 +28,8 @@ double bits_per_byte(double loss, int64_t targets, int64_t bytes);
 // model_tokenizer: -1 if it is not known.
 void check_questions(const MultipleChoice& questions, int model_tokenizer, int64_t seq_len);
 
-// Calls f(first row, tokens, targets) for all of `rows` sequences of T tokens, in batches that the ranks of a job share out,
-// after the batch was evaluated; fill(row, inputs, targets) makes one. False where stop() ended it. All ranks call it.
+// Evaluates `rows` sequences of T tokens in batches, which the ranks of a job share out, and calls f(first row) after each
+// of this rank's; fill(row, inputs, targets) makes a sequence. False where stop() ended it. All ranks call it.
 //   watched("what", f): calls f, in which the host may wait for its GPU
 template <class Device, class Fill, class Stop, class Watched, class F>
 bool evaluate_rows(Model<Device>& model, int64_t rows, Fill fill, Stop stop, Watched watched, F f) {
@@ -51,7 +51,7 @@ bool evaluate_rows(Model<Device>& model, int64_t rows, Fill fill, Stop stop, Wat
     model.set_batch(tokens.data(), targets.data());
     watched("evaluation", [&] {
       evaluate_stages(model);
-      f(row, tokens, targets);
+      f(row);
     });
   }
   return true;
@@ -70,22 +70,21 @@ template <class Device, class Stop, class Watched>
 std::optional<double> validation_loss(Model<Device>& model, const DataLoader& data, Stop stop, Watched watched) {
   double sum = 0;
   auto fill = [&](int64_t w, int32_t* in, int32_t* out) { data.eval_sample(w, in, out); };
-  if (!evaluate_rows(model, data.eval_windows(), fill, stop, watched,
-                     [&](int64_t, auto&, auto&) { sum += model.read_stats().loss; }))
+  if (!evaluate_rows(model, data.eval_windows(), fill, stop, watched, [&](int64_t) { sum += model.read_stats().loss; }))
     return std::nullopt;
   if (!model.parallel.alone()) sum = model.parallel.host.sum(sum, "validation loss");
   return sum / double(data.eval_targets());
 }
 
-// How many questions are answered rightly; nothing where stop() ended it. The model's options have token_losses. All ranks
-// call it, all get it.
+// How many questions are answered rightly; nothing where stop() ended it. The model's options have token_losses. All
+// ranks call it, all get it.
 template <class Device, class Stop, class Watched>
 std::optional<int64_t> correct_answers(Model<Device>& model, const MultipleChoice& questions, Stop stop,
                                        Watched watched) {
   const int64_t B = model.options.B, T = model.options.T;
   std::vector<double> sums(size_t(questions.rows()), 0.0);
   auto fill = [&](int64_t r, int32_t* in, int32_t* out) { questions.row(r, T, in, out); };
-  auto add = [&](int64_t row, auto&, auto&) {
+  auto add = [&](int64_t row) {
     if (model.parallel.here.tp > 0) return;  // of ranks that share tokens all have the same losses
     const auto losses = values_of(model, model.token_losses);
     for (int64_t n = 0; n < B * T; ++n)
@@ -112,7 +111,7 @@ bool write_logits(Model<Device>& model, const DataLoader& data, const std::strin
   auto fill = [&](int64_t w, int32_t* in, int32_t* out) { data.eval_sample(w, in, out); };
   auto watched = [](const char*, auto f) { f(); };
   std::vector<float> row(size_t(V), 0.0f);
-  auto append = [&](int64_t first, auto&, auto&) {
+  auto append = [&](int64_t first) {
     const auto logits = values_of(model, model.logits);
     const size_t padded = logits.size() / size_t(model.N());
     for (int64_t n = 0; n < std::min(model.N(), (W - first) * T); ++n) {

@@ -145,7 +145,7 @@ class Model {
   Tensor<Real> stage_gradient() const { return stage_gradient_; }
   // Cross-entropy of the batch that was set, times params.loss_scale, left in read_stats().loss.
   void evaluate() { run(program_evaluate, &Model::evaluate_ops); }
-  // What evaluate() leaves on the last stage: losses (N) where options.token_losses, logits (N, padded V) where options.logits.
+  // What evaluate() leaves on the last stage: losses (N) with options.token_losses, logits (N, padded V) with .logits.
   Tensor<Acc> token_losses;
   Tensor<Real> logits;
   // The captured programs of a GPU, in the order of Program; null where none is.

@@ -10,8 +10,8 @@ using nlohmann::ordered_json;
 
 namespace {
 
-// The character that stands for a byte in tokenizer.json, as GPT-2 has it: printable bytes of Latin-1 are themselves, the
-// others are the characters from U+0100 on.
+// The character that stands for a byte in tokenizer.json, as GPT-2 has it: printable bytes of Latin-1 are themselves,
+// the others are the characters from U+0100 on.
 std::string byte_character(int byte) {
   auto printable = [](int b) { return (b >= 33 && b <= 126) || (b >= 161 && b <= 255 && b != 173); };
   int code = byte;

@@ -129,17 +129,19 @@ class Questions(TrainerTest):
         self.assertEqual(self.weights(run), self.weights(plain))  # looking changes nothing
 
     @unittest.skipIf(DEVICE == "cuda", "needs two GPUs")
-    def test_two_ranks_answer_half_of_the_questions_each(self):
+    def test_two_ranks_count_every_question_once(self):
         self.made("--tokenizer", "bytes")
-        longest = max(len(i["ctx"]) + 1 + len(e) for i in self.items for e in i["endings"]) - 1
-        run = self.trained("--steps", 60, "--lr", "1e-2", out="one")
-        alone = self.ok("--checkpoint", run, "--hellaswag", self.bin, "--seq-len", longest)
-        args = self.training("--steps", 1, "--batch-size", 1, "--dp", 2, "--init-from", run, "--lr", 0, "--hellaswag", self.bin, "--seq-len", longest, model=[], out="two")
-        env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [subprocess.Popen(command(args), env={**env, "RANK": str(r)}, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
-        outputs = [p.communicate(timeout=120) for p in ranks]
-        self.assertEqual([p.returncode for p in ranks], [0, 0], outputs)
-        self.assertIn(alone.strip(), outputs[0][0])
+        model = "--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 2 --head-dim 16 --n-expert 4 --d-expert 16".split()
+        run = self.trained("--steps", 60, "--lr", "1e-2", out="one", model=model)
+        alone = self.ok("--checkpoint", run, "--hellaswag", self.bin, "--seq-len", 64).strip()
+        for layout in (["--dp", 2], ["--tp", 2], ["--pp", 2, "--total-batch-tokens", 128], ["--dp", 2, "--ep", 2]):
+            with self.subTest(layout):
+                args = self.training("--steps", 1, "--batch-size", 1, *layout, "--init-from", run, "--lr", 0, "--hellaswag", self.bin, "--seq-len", 64, model=[], out=" ".join(map(str, layout)))
+                env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+                ranks = [subprocess.Popen(command(args), env={**env, "RANK": str(r)}, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+                outputs = [p.communicate(timeout=120) for p in ranks]
+                self.assertEqual([p.returncode for p in ranks], [0, 0], outputs)
+                self.assertIn(alone, outputs[0][0])
 
     def test_refused(self):
         self.made("--tokenizer", "bytes")
