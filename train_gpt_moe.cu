@@ -13,6 +13,7 @@
 #include "llmc/gpu.h"
 #include "llmc/logger.h"
 #include "llmc/peak.h"
+#include "moe/evaluate.h"
 #include "moe/experts_hopper_kernels.h"
 #include "moe/generate.h"
 #include "moe/memory_profile.h"
@@ -53,12 +54,23 @@ class Trainer {
       if (val_->shards().tokenizer_id() != train_->shards().tokenizer_id())
         fail(o_.val_data, ": made with another tokenizer than ", o_.train_data);
       if (val_->eval_windows() == 0) fail(o_.val_data, ": holds no token to predict");
+      if (auto known = tokenizer_of(val_->shards(), o_.model.vocab_size, o_.tokenizer_ranks))
+        val_bytes_ = target_bytes(val_->shards(), *known);
     }
     int shards = train_->shards().tokenizer_id();  // 0: GPT-2, or not known
     if (known_tokenizer && shards != 0 && shards != info_.tokenizer_id)
       fail(o_.train_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
            info_.tokenizer_id, " (0 GPT-2, 1 bytes)");
     if (!known_tokenizer) info_.tokenizer_id = shards;
+    const bool other = !known_tokenizer && shards == Tokenizer::kBytes;  // than that of the model we start from, if any
+    if (other) info_.tokenizer_files.clear(), info_.token_ids.clear();
+    if (info_.tokenizer_files.empty())
+      if (auto known = tokenizer_of(train_->shards(), o_.model.vocab_size, o_.tokenizer_ranks))
+        info_.tokenizer_files = make_tokenizer_files(*known);
+    if (!o_.hellaswag.empty()) {
+      questions_ = std::make_unique<MultipleChoice>(o_.hellaswag, int(o_.model.vocab_size));
+      check_questions(*questions_, info_.tokenizer_id, o_.seq_len);
+    }
     info_.seq_len = o_.seq_len;
     samples_per_step_ = o_.total_batch_tokens / o_.seq_len;
     total_steps_ = o_.steps;
@@ -168,7 +180,7 @@ class Trainer {
       auto every = [&](int64_t n) { return n && step_ % n == 0; };
       const bool stopped = stop();
       if (last || stopped || every(o_.eval_every) || every(o_.sample_every) || every(o_.checkpoint_every)) report_all();
-      if (val_ && !stopped && (last || every(o_.eval_every))) evaluate();
+      if (!stopped && (last || every(o_.eval_every))) evaluate();
       if (o_.sample_every && !stopped && (last || every(o_.sample_every))) sample();
       if (every(o_.checkpoint_every)) save(), saved = step_;
     }
@@ -375,36 +387,38 @@ class Trainer {
 
   void evaluate() {
     auto begin = Clock::now();
-    StepParams p;
-    p.loss_scale = 1;
-    model_.set_params(p);
-    double sum = 0;
-    std::vector<int32_t> tokens(model_.N()), targets(model_.N());
-    for (int64_t first = 0; first < val_->eval_windows(); first += o_.batch_size * o_.layout.dp) {
-      if (stop()) return;
-      const int64_t w = first + parallel().here.dp * o_.batch_size;
-      for (int64_t b = 0; b < o_.batch_size; ++b) {
-        int32_t *in = &tokens[b * o_.seq_len], *out = &targets[b * o_.seq_len];
-        if (w + b < val_->eval_windows())
-          val_->eval_sample(w + b, in, out);
-        else
-          std::fill_n(in, o_.seq_len, 0), std::fill_n(out, o_.seq_len, -1);
+    auto seconds = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
+    auto asked_to_stop = [&] { return bool(stop()); };
+    auto watch = [&](const char* what, auto f) { watched(what, f); };
+    if (val_) {
+      auto loss = validation_loss(model_, *val_, asked_to_stop, watch);
+      if (!loss) return;
+      check_status(step_, model_.read_status());
+      const int64_t targets = val_->eval_targets();
+      log_.validation(step_, *loss);
+      nlohmann::ordered_json record{{"step", step_}, {"val_loss", *loss}};
+      char bits[40] = "";
+      if (val_bytes_) {
+        const double value = bits_per_byte(*loss, targets, val_bytes_);
+        record["val_bits_per_byte"] = value;
+        std::snprintf(bits, sizeof bits, " | %.4f bits a byte", value);
       }
-      model_.set_batch(tokens.data(), targets.data());
-      sum += watched("evaluation", [&] {
-        evaluate_stages(model_);
-        return model_.read_stats().loss;
-      });
+      log_.record(record);
+      events_.write(step_, EventSummary().scalar("val_loss", *loss));
+      console_.line("step %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s%s", (long long)step_,
+                    (long long)total_steps_, *loss, (long long)targets, seconds(), bits);
     }
+    if (!questions_) return;
+    begin = Clock::now();
+    auto correct = correct_answers(model_, *questions_, asked_to_stop, watch);
+    if (!correct) return;
     check_status(step_, model_.read_status());
-    if (!parallel().alone()) sum = parallel().host.sum(sum, "validation loss");
-    double loss = sum / double(val_->eval_targets());
-    log_.validation(step_, loss);
-    log_.record({{"step", step_}, {"val_loss", loss}});
-    events_.write(step_, EventSummary().scalar("val_loss", loss));
-    console_.line("step %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s", (long long)step_,
-                  (long long)total_steps_, loss, (long long)val_->eval_targets(),
-                  std::chrono::duration<double>(Clock::now() - begin).count());
+    const double accuracy = double(*correct) / double(questions_->examples());
+    log_.eval(step_, accuracy);
+    log_.record({{"step", step_}, {"hellaswag", accuracy}});
+    events_.write(step_, EventSummary().scalar("hellaswag", accuracy));
+    console_.line("step %5lld/%lld | HellaSwag %lld/%lld = %.4f in %.1f s", (long long)step_, (long long)total_steps_,
+                  (long long)*correct, (long long)questions_->examples(), accuracy, seconds());
   }
 
   void sample() {
@@ -435,6 +449,7 @@ class Trainer {
   ModelFileInfo info_;
   Console console_;
   std::unique_ptr<DataLoader> train_, val_;
+  std::unique_ptr<MultipleChoice> questions_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::vector<int32_t> prompt_;
   RoutingFileShape routing_shape_{};
@@ -456,6 +471,7 @@ class Trainer {
   double peak_ = 1;
   std::unique_ptr<StepProfiler<Device>> profiler_;  // until it has reported
   double plain_ms_ = 0;                             // of the step before the first that it times
+  int64_t val_bytes_ = 0;                           // of text in the validation data; 0: not known
   int64_t memory_bytes_ = 0;                        // of the rank that has most
 };
 
@@ -501,18 +517,16 @@ void train_main(Options o, Device& dev, World& world) {
   trainer.train();
 }
 
-// A model loaded from --checkpoint, for decoding only (or nothing but its weights).
-template <class Device>
-std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, ModelFileInfo& info,
-                                            int64_t decode_positions) {
+// A model loaded from --checkpoint, not to be trained. choose(run, config) says what of it is needed, before it is loaded.
+template <class Device, class Choose>
+std::unique_ptr<Model<Device>> load_for_use(Options& o, Device& dev, ModelFileInfo& info, Choose choose) {
+  o.checkpoint = checkpoint_directory("--checkpoint", o.checkpoint);
   std::string model_type;
   ModelConfig config = model_of(o.checkpoint, o, info, model_type);
-  check_limits<Device>(config, 1, 1);
   RunOptions run;
   run.B = run.T = 1, run.train = run.evaluate = false;
-  run.decode_positions = decode_positions ? decode_positions
-                         : o.context      ? o.context
-                                          : std::clamp<int64_t>(info.seq_len, 2, 4096);
+  choose(run, config);
+  check_limits<Device>(config, run.B, run.T);
   auto model = std::make_unique<Model<Device>>(dev, config, run);
   check_weights(*model, o.checkpoint, model_type);
   if (size_t available = free_bytes(dev); available && model->plan.arena_bytes() > available)
@@ -525,9 +539,10 @@ std::unique_ptr<Model<Device>> load_for_use(const Options& o, Device& dev, Model
 
 template <class Device>
 void generate_main(Options o, Device& dev) {
-  o.checkpoint = checkpoint_directory("--checkpoint", o.checkpoint);
   ModelFileInfo info;
-  auto model = load_for_use(o, dev, info, 0);
+  auto model = load_for_use(o, dev, info, [&](RunOptions& run, const ModelConfig&) {
+    run.decode_positions = o.context ? o.context : std::clamp<int64_t>(info.seq_len, 2, 4096);
+  });
   Tokenizer tokenizer = Tokenizer::for_id(info.tokenizer_id, o.tokenizer_ranks);
   std::vector<int32_t> prompt = encode_prompt(tokenizer, o.prompt, model->config.vocab_size);
   std::fputs(o.prompt.c_str(), stdout);
@@ -544,9 +559,8 @@ void generate_main(Options o, Device& dev) {
 
 template <class Device>
 void export_main(Options o, Device& dev) {
-  o.checkpoint = checkpoint_directory("--checkpoint", o.checkpoint);
   ModelFileInfo info;
-  auto model = load_for_use(o, dev, info, 2);
+  auto model = load_for_use(o, dev, info, [](RunOptions& run, const ModelConfig&) { run.decode_positions = 2; });
   std::string reason;
   if (hf_model_type(model->config, &reason) == "gpt_moe")
     fail("--export hf: no Hugging Face class expresses ", reason, "; the checkpoint can only be used here");
@@ -555,8 +569,57 @@ void export_main(Options o, Device& dev) {
     fail("--export hf: ", o.out, " is not an empty directory; choose another --out");
   std::filesystem::create_directories(o.out, error);
   if (error) fail(o.out, ": cannot create: ", error.message());
+  if (info.own && info.tokenizer_files.empty())  // of before checkpoints had them
+    if (auto known = tokenizer_of(info.tokenizer_id, model->config.vocab_size, o.tokenizer_ranks))
+      info.tokenizer_files = make_tokenizer_files(*known);
   write_model(*model, o.out, info);
   std::printf("wrote %s (%s)\n", o.out.c_str(), hf_model_type(model->config).c_str());
+}
+
+// --checkpoint by itself: validation loss, answers to questions; with --logits: the logits of the validation data.
+template <class Device>
+void evaluate_main(Options o, Device& dev) {
+  ModelFileInfo info;
+  std::unique_ptr<DataLoader> data;
+  std::unique_ptr<MultipleChoice> questions;
+  auto stop = [] { return bool(stop_requested); };
+  auto watched = [](const char*, auto f) { f(); };
+  auto model = load_for_use(o, dev, info, [&](RunOptions& run, const ModelConfig& config) {
+    if (!o.seq_len_given && info.seq_len > 0) o.seq_len = std::min<int64_t>(info.seq_len, 4096);
+    run.B = o.batch_size, run.T = o.seq_len, run.evaluate = true;
+    run.logits = !o.logits.empty(), run.token_losses = !o.hellaswag.empty();
+    if (!o.val_data.empty()) {
+      data =
+          std::make_unique<DataLoader>(TokenShards(o.val_data, int(config.vocab_size)), int(o.seq_len), o.seed, false);
+      const int shards = data->shards().tokenizer_id();
+      if (info.own && shards != 0 && shards != info.tokenizer_id)
+        fail(o.val_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
+             info.tokenizer_id, " (0 GPT-2, 1 bytes)");
+      if (data->eval_windows() == 0) fail(o.val_data, ": holds no token to predict");
+    }
+    if (o.hellaswag.empty()) return;
+    questions = std::make_unique<MultipleChoice>(o.hellaswag, int(config.vocab_size));
+    check_questions(*questions, info.own ? info.tokenizer_id : -1, o.seq_len);
+  });
+  if (!o.logits.empty()) {
+    if (!write_logits(*model, *data, o.logits, stop)) fail("--logits ", o.logits, ": stopped by a signal");
+    std::printf("wrote %s: logits of %lld windows of %lld tokens\n", o.logits.c_str(), (long long)data->eval_windows(),
+                (long long)o.seq_len);
+    return;
+  }
+  if (data) {
+    auto loss = validation_loss(*model, *data, stop, watched);
+    if (!loss) return;
+    std::printf("val_loss %.9g over %lld tokens", *loss, (long long)data->eval_targets());
+    if (auto known = tokenizer_of(data->shards(), model->config.vocab_size, o.tokenizer_ranks))
+      std::printf(" | %.9g bits a byte",
+                  bits_per_byte(*loss, data->eval_targets(), target_bytes(data->shards(), *known)));
+    std::printf("\n");
+  }
+  if (!questions) return;
+  if (auto correct = correct_answers(*model, *questions, stop, watched))
+    std::printf("HellaSwag %lld/%lld = %.4f\n", (long long)*correct, (long long)questions->examples(),
+                double(*correct) / double(questions->examples()));
 }
 
 template <class Device>
@@ -566,6 +629,8 @@ void run(const Options& o, Device&& dev, World& world) {
     generate_main(o, dev);
   else if (!o.export_format.empty())
     export_main(o, dev);
+  else if (o.use())
+    evaluate_main(o, dev);
   else
     train_main(o, dev, world);
 }

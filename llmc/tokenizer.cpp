@@ -183,6 +183,27 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
 #endif
 }
 
+std::vector<std::pair<std::string, std::string>> Tokenizer::merges() const {
+  std::vector<std::pair<std::string, std::string>> result;
+  for (int32_t rank = 0; rank < int32_t(tokens_.size()); rank++) {
+    const std::string& token = tokens_[size_t(rank)];
+    if (token.size() < 2) continue;
+    std::vector<std::string> parts;
+    for (char c : token) parts.emplace_back(1, c);
+    while (parts.size() > 2) {  // as if ids from this one on did not exist yet
+      int32_t lowest = kNoRank;
+      size_t at = 0;
+      for (size_t i = 0; i + 1 < parts.size(); i++)
+        if (int32_t r = rank_of(parts[i] + parts[i + 1]); r < lowest) lowest = r, at = i;
+      if (lowest >= rank) fail(ranks_path_, ": id ", rank, " is no merge of ids before it");
+      parts[at] += parts[at + 1];
+      parts.erase(parts.begin() + int64_t(at) + 1);
+    }
+    result.emplace_back(parts[0], parts[1]);
+  }
+  return result;
+}
+
 std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   std::string text;
   for (int32_t id : ids) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 class Tokenizer {
@@ -38,6 +39,10 @@ class Tokenizer {
   // refused with the offset of the first bad byte, rather than replaced, because it would not decode to itself;
   // a build without PCRE2.
   std::vector<int32_t> encode(std::string_view text) const;
+
+  // What merging makes of single bytes, one for each id that is longer, by rank: the two parts that merge last. bytes has
+  // none.
+  std::vector<std::pair<std::string, std::string>> merges() const;
 
   // The bytes of the ids; eot() reads "<|endoftext|>". decode(encode(text)) == text. A gpt2 id may end inside a UTF-8
   // character, so only whole sequences are sure to be valid UTF-8. Errors: an id outside [0, vocab_size()).

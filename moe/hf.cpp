@@ -96,8 +96,10 @@ ordered_json hf_config(const ModelConfig& c, const ModelFileInfo& info) {
   j["tie_word_embeddings"] = c.tied;
   j["hidden_act"] = "silu";
   j["torch_dtype"] = info.dtype;
-  j["bos_token_id"] = eot;
-  j["eos_token_id"] = eot;
+  for (const char* key : {"bos_token_id", "eos_token_id"})
+    j[key] = info.token_ids.contains(key) ? info.token_ids[key]
+             : eot < c.vocab_size         ? ordered_json(eot)
+                                          : ordered_json();
   j["gpt_moe"] = own_fields(c);
   j["gpt_moe"]["tokenizer_id"] = info.tokenizer_id;
   return j;
@@ -138,7 +140,9 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
   Reader read{j, path};
   read("model_type", model_type);
   read.optional("max_position_embeddings", info.seq_len);
-  read.optional("torch_dtype", info.dtype);
+  read.optional("torch_dtype", info.dtype), read.optional("dtype", info.dtype);
+  for (const char* key : {"bos_token_id", "eos_token_id"})
+    if (j.contains(key)) info.token_ids[key] = j[key];
   ModelConfig c;
   if (auto own = j.find("gpt_moe"); own != j.end() && own->is_object()) {
     Reader r{*own, path};
@@ -165,7 +169,8 @@ ModelConfig read_hf_config(const std::string& path, ModelFileInfo& info, std::st
     c.head_dim = c.n_head > 0 ? c.d_model / c.n_head : 0;
     read.optional("head_dim", c.head_dim);
     read("vocab_size", c.vocab_size);
-    read(mixtral ? "num_local_experts" : "num_experts", c.n_expert);
+    const bool local = mixtral || (j.contains("num_local_experts") && !j.contains("num_experts"));  // transformers 5
+    read(local ? "num_local_experts" : "num_experts", c.n_expert);
     read("num_experts_per_tok", c.top_k);
     read(mixtral ? "intermediate_size" : "moe_intermediate_size", c.d_expert);
     c.qk_norm = !mixtral;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "moe/config.h"
+#include "moe/tokenizer_files.h"
 
 // What a config.json holds besides the model itself.
 struct ModelFileInfo {
@@ -13,6 +14,9 @@ struct ModelFileInfo {
   int tokenizer_id = 1;  // 0 GPT-2, 1 bytes
   std::string dtype = "float32";
   bool own = false;  // read from a file that this program wrote: tokenizer_id is known
+  // What a model brings with it: its tokenizer's files, and bos_token_id and eos_token_id of its config.json, if there.
+  TokenizerFiles tokenizer_files;
+  nlohmann::ordered_json token_ids = nlohmann::ordered_json::object();
 };
 
 // "qwen3_moe", "mixtral" or "gpt_moe". `reason`, if not null, gets the option that keeps a gpt_moe model from being one

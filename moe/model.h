@@ -145,6 +145,9 @@ class Model {
   Tensor<Real> stage_gradient() const { return stage_gradient_; }
   // Cross-entropy of the batch that was set, times params.loss_scale, left in read_stats().loss.
   void evaluate() { run(program_evaluate, &Model::evaluate_ops); }
+  // What evaluate() leaves on the last stage: losses (N) with options.token_losses, logits (N, padded V) with .logits.
+  Tensor<Acc> token_losses;
+  Tensor<Real> logits;
   // The captured programs of a GPU, in the order of Program; null where none is.
   auto& graphs() { return graphs_; }
   // Logits (V) of one token at one position, against the cache of the positions before it.
@@ -285,6 +288,9 @@ class Model {
     if (!stage.last()) stage_output_ = passed("output");
     if (!stage.alone() && options.train) stage_gradient_ = passed("gradient");
     positions_ = plan.template persistent<int32_t>("positions", {N()}, Category::workspace);
+    if (options.token_losses) token_losses = plan.template persistent<Acc>("token losses", {N()}, Category::workspace);
+    if (options.logits)
+      logits = plan.template persistent<Real>("logits", {N(), vocabulary_.padded}, Category::workspace);
     rope_ = plan.template persistent<Acc>("rope", {positions_held(), c.head_dim}, Category::workspace);
     load_.resize(c.n_layer), bias_.resize(c.n_layer), record_.resize(c.n_layer);
     k_cache_.resize(c.n_layer), v_cache_.resize(c.n_layer);
@@ -546,8 +552,12 @@ class Model {
         x_.op("zero head gradient", zero, dweight, elements * int64_t(sizeof(Acc)));
       }
     }
-    auto dnormed = ranks.classifier(stats_, dweight, normed, weight(buffers_.head), pass.slot.targets, params_,
-                                    vocabulary_, classifier_chunk(pass.N()));
+    if (logits && !pass.training)
+      x_.op("logits", matmul_forward<Device>, logits, product_scratch(n, C, vocabulary_.padded), normed,
+            weight(buffers_.head), n, C, vocabulary_.padded);
+    auto dnormed =
+        ranks.classifier(stats_, pass.training ? Tensor<Acc>{} : token_losses, dweight, normed, weight(buffers_.head),
+                         pass.slot.targets, params_, vocabulary_, classifier_chunk(pass.N()));
     if (!pass.training) return {};
     if (dweight.info != dhead.info) x_.op("add head gradient", add_to<Device>, dhead, dweight, elements);
     auto dres = stage_gradient_ ? stage_gradient_ : x_.template tensor<Real>("d residual", {n, C});

@@ -63,7 +63,7 @@ std::vector<Acc> read_tensor(const SafetensorsDir& files, const std::string& dir
 
 }  // namespace model_files
 
-// Writes config.json and model*.safetensors into dir. All ranks call it, the lead writes; what is written does not depend on
+// Writes config.json, model*.safetensors and the tokenizer's files into dir. All ranks call it, the lead writes; what is written does not depend on
 // the layout.
 template <class Device>
 void write_model(Model<Device>& model, const std::string& dir, const ModelFileInfo& info) {
@@ -93,6 +93,7 @@ void write_model(Model<Device>& model, const std::string& dir, const ModelFileIn
   }
   if (!file) return;
   file->finish();
+  for (const auto& [name, content] : info.tokenizer_files) write_file_atomic(dir + "/" + name, content);
   write_file_atomic(dir + "/config.json", hf_config(model.config, own).dump(2) + "\n");
 }
 

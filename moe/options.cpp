@@ -13,6 +13,7 @@ namespace {
 
 struct Declared {  // options that fix the model, and those that say how its experts are balanced
   std::vector<CLI::Option*> model, balance;
+  CLI::Option *val_data, *seq_len;
 };
 
 struct Names {  // options whose values are names, parsed after CLI11 is done
@@ -35,7 +36,7 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   };
   auto balances = [&](CLI::Option* option) { declared.balance.push_back(option); };
 
-  group("What to do (default: train)");
+  group("What to do (default: train; with --checkpoint: evaluate it on --val-data, --hellaswag or both)");
   app.add_flag("--memory-report", o.memory_report, "print the memory plan before anything is allocated");
   app.add_flag("--dry-run", o.dry_run, "stop after the checks and the report");
   app.add_option("--memory-profile", o.memory_profile,
@@ -45,6 +46,10 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
       "time the 4th to 8th step op by op, print where their time goes, and write --out/profile.json (likewise)");
   app.add_flag("--generate", o.generate, "continue --prompt with the model in --checkpoint");
   app.add_option("--export", o.export_format, "hf: write --checkpoint to --out as a Hugging Face model directory");
+  app.add_option(
+      "--logits", o.logits,
+      "write the logits of --checkpoint for every token of --val-data to FILE (safetensors: tokens (W,T), targets "
+      "(W,T), logits (W,T,V))");
 
   group("Model");
   fixes_model(app.add_option(
@@ -85,11 +90,12 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
 
   group("Data");
   app.add_option("--train-data", o.train_data, "token shards (.bin), a file or a glob");
-  app.add_option("--val-data", o.val_data, "token shards for validation; empty: none");
+  declared.val_data = app.add_option("--val-data", o.val_data, "token shards for validation; empty: none");
   app.add_option("--tokenizer-ranks", o.tokenizer_ranks,
                  "GPT-2 ranks, for models on GPT-2 tokens (data/get_gpt2_ranks.sh)");
   app.add_option("--batch-size", o.batch_size, "sequences of a micro-batch on each rank");
-  app.add_option("--seq-len", o.seq_len, "tokens of a sequence");
+  declared.seq_len = app.add_option("--seq-len", o.seq_len,
+                                    "tokens of a sequence; with --checkpoint by default those of its training");
   app.add_option("--total-batch-tokens", o.total_batch_tokens,
                  "tokens of a step, by accumulation; 0: batch-size * seq-len * dp");
   app.add_flag("--overfit-one-batch", o.overfit_one_batch, "train on the first batch again and again");
@@ -128,6 +134,8 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
 
   group("Evaluation, sampling, checkpoints");
   app.add_option("--eval-every", o.eval_every, "evaluate all validation data every n steps; 0: only at the end");
+  app.add_option("--hellaswag", o.hellaswag,
+                 "multiple-choice questions (data/hellaswag.py) to answer at every evaluation, and at the end");
   app.add_option("--sample-every", o.sample_every, "print a sample every n steps; 0: never");
   app.add_option("--checkpoint-every", o.checkpoint_every, "save every n steps; 0: only at the end");
   app.add_option("--keep", o.keep, "newest checkpoints that stay; 0: all");
@@ -204,6 +212,7 @@ void parse(int argc, char** argv, Options& o, Names& names) {
   };
   given(declared.model, o.model_options_given);
   given(declared.balance, o.balance_options_given);
+  o.val_data_given = declared.val_data->count() > 0, o.seq_len_given = declared.seq_len->count() > 0;
 }
 
 void check_choice(const char* option, const std::string& value, std::initializer_list<const char*> choices) {
@@ -324,9 +333,7 @@ Options parse_options(int argc, char** argv, int processes) {
   if (processes > 1 && o.world != 1 && o.world != processes)
     fail("--world ", o.world, ", but ", processes, " processes run");
   if (processes > 1) o.world = processes;
-  const bool trains = !o.generate && o.export_format.empty();
-  if (!trains && (o.world > 1 || o.layout != Layout{}))
-    fail(o.generate ? "--generate" : "--export", " runs as a single process");
+  if (o.use() && (o.world > 1 || o.layout != Layout{})) fail(o.use(), " runs as a single process");
   if (!(o.row_headroom > 0 && o.row_headroom <= 1e6))
     fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
   if (o.world > 1) {
@@ -341,17 +348,26 @@ Options parse_options(int argc, char** argv, int processes) {
     fail("--record-routing records a run from its first step; it cannot go on with --resume");
   if (!o.record_routing.empty() && !o.replay_routing.empty())
     fail("--record-routing and --replay-routing exclude each other");
-  if (o.generate && !o.export_format.empty()) fail("--generate and --export exclude each other");
-  if ((o.dry_run || o.memory_report) && (o.generate || !o.export_format.empty()))
-    fail("--dry-run and --memory-report belong to training, not to ", o.generate ? "--generate" : "--export");
+  if (int(o.generate) + int(!o.export_format.empty()) + int(!o.logits.empty()) > 1)
+    fail("--generate, --export and --logits exclude each other");
+  if ((o.dry_run || o.memory_report) && o.use())
+    fail("--dry-run and --memory-report belong to training, not to ", o.use());
   for (auto [option, given] : {std::pair{"--profile", o.profile}, {"--memory-profile", !o.memory_profile.empty()}}) {
-    if (given && !trains) fail(option, " belongs to training, not to ", o.generate ? "--generate" : "--export");
+    if (given && o.use()) fail(option, " belongs to training, not to ", o.use());
     if (given && o.arena == "separate") fail(option, " is of the planned arena; leave --arena separate out");
   }
   if (o.profile && o.dry_run) fail("--profile times steps, and --dry-run stops before the first");
   if (o.out.empty()) fail("--out must name a directory");
-  if ((o.generate || !o.export_format.empty()) && o.checkpoint.empty())
-    fail(o.generate ? "--generate" : "--export", " needs --checkpoint DIR");
+  if (o.use() && o.checkpoint.empty()) fail(o.use(), " needs --checkpoint DIR");
+  if (o.use() && !o.val_data_given) o.val_data = "";  // the default is for training on the default corpus
+  const bool evaluates = o.use() && !o.generate && o.export_format.empty() && o.logits.empty();
+  if (!o.logits.empty() && o.val_data.empty()) fail("--logits needs --val-data: the tokens to look at");
+  if (!o.hellaswag.empty() && o.use() && !evaluates)
+    fail("--hellaswag belongs to training and to evaluating --checkpoint, not to ", o.use());
+  if (evaluates && o.val_data.empty() && o.hellaswag.empty())
+    fail(
+        "--checkpoint by itself is evaluated: give --val-data, --hellaswag or both (or --generate, --export, "
+        "--logits)");
   return o;
 }
 

@@ -9,10 +9,11 @@
 #include "moe/model.h"
 
 struct Options {
-  // What to do; none of these: train.
+  // What to do; none of these: train, or with --checkpoint evaluate it.
   bool memory_report = false, dry_run = false, generate = false, profile = false;
   std::string memory_profile;  // FILE
   std::string export_format;   // "hf"
+  std::string logits;          // file to write
   // Model
   std::string preset = "tiny";
   ModelConfig model;
@@ -23,6 +24,7 @@ struct Options {
   std::string tokenizer_ranks = "data/gpt2.tiktoken";
   int64_t batch_size = 16, seq_len = 256, total_batch_tokens = 0;  // 0: batch_size * seq_len
   bool overfit_one_batch = false;
+  bool val_data_given = false, seq_len_given = false;
   // Training
   int64_t steps = 0, stop_after = 0;  // 0 steps: by epochs
   double epochs = 1;
@@ -35,7 +37,7 @@ struct Options {
   std::string grad_dtype;  // empty: by the rule of RunOptions
   // Evaluation, sampling, checkpoints
   int64_t eval_every = 0, sample_every = 0, checkpoint_every = 0, keep = 2;
-  std::string out = "runs/default", init_from, tensorboard;
+  std::string out = "runs/default", init_from, tensorboard, hellaswag;
   bool resume = false;
   // Memory
   std::string recompute = "act", dispatch = "zero_buffer", arena = "planned";
@@ -57,6 +59,14 @@ struct Options {
   bool plain_matmul = false, no_graphs = false;
   std::string experts = "auto";
 
+  // The option that says what is done with --checkpoint, which is then not trained; null: training.
+  const char* use() const {
+    return generate                 ? "--generate"
+           : !export_format.empty() ? "--export"
+           : !logits.empty()        ? "--logits"
+           : !checkpoint.empty()    ? "--checkpoint"
+                                    : nullptr;
+  }
   // Tokens that all ranks together take at a time, and how often they do in a step.
   int64_t micro_batch_tokens() const { return batch_size * seq_len * layout.dp; }
   int64_t micro_steps() const { return total_batch_tokens / micro_batch_tokens(); }

@@ -23,7 +23,7 @@ inline bool graphs_possible(const Options& o, Transport t) {
 inline RunOptions run_options(const Options& o) {
   RunOptions r;
   r.B = o.batch_size, r.T = o.seq_len, r.micro_steps = o.micro_steps();
-  r.evaluate = !o.val_data.empty();
+  r.evaluate = !o.val_data.empty() || !o.hellaswag.empty(), r.token_losses = !o.hellaswag.empty();
   r.decode_positions = o.sample_every ? (o.context ? o.context : o.seq_len) : 0;
   r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 || o.layout.stage_ranks() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
@@ -62,6 +62,7 @@ void choose_transport(Device& dev, const Options& o, RunOptions& run) {
 // experts are balanced it may change, option by option.
 inline ModelConfig model_of(const std::string& dir, const Options& o, ModelFileInfo& info, std::string& model_type) {
   ModelConfig c = read_hf_config(dir + "/config.json", info, model_type), asked = o.model;
+  info.tokenizer_files = read_tokenizer_files(dir);
   for (const std::string& name : o.balance_options_given) {
     if (name == "--balance") c.balance = asked.balance;
     if (name == "--balance-scope") c.balance_scope = asked.balance_scope;

@@ -65,12 +65,13 @@ struct TensorRanks {
                                            {int64_t(embedding_backward_scratch_bytes<Device>(N(), C, part.rows))});
     x.op("embedding backward", ::embedding_backward<Device>, dtable, scratch, rows, dout, N(), C, part.rows);
   }
-  // stats->loss += that of this rank's tokens; with dweight the gradient (n,C) of normed (n,C) is returned.
-  Tensor<Real> classifier(Tensor<StepStats> stats, Tensor<Acc> dweight, Tensor<Real> normed, Tensor<Real> weight,
-                          Tensor<int32_t> targets, Tensor<StepParams> params, VocabularyPart part,
+  // stats->loss += that of this rank's tokens; losses (N), if not null, keeps those of all. With dweight the gradient
+  // (n,C) of normed (n,C) is returned.
+  Tensor<Real> classifier(Tensor<StepStats> stats, Tensor<Acc> losses, Tensor<Acc> dweight, Tensor<Real> normed,
+                          Tensor<Real> weight, Tensor<int32_t> targets, Tensor<StepParams> params, VocabularyPart part,
                           int64_t chunk) const {
     auto all = gather("all final norm", normed);
-    auto losses = x.template tensor<Acc>("losses", {N()});
+    if (!losses) losses = x.template tensor<Acc>("losses", {N()});
     const size_t bytes = ranks == 1 ? classifier_scratch_bytes<Device>(C, part.padded, chunk)
                                     : shared_classifier_scratch_bytes<Device>(C, part.padded, chunk, ranks);
     auto scratch = x.template tensor<char>("classifier.scratch", {int64_t(bytes)});

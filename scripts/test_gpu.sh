@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: every op against the CPU in double precision, the whole model against the PyTorch
-# reference and against itself, the trainer end to end, compute-sanitizer's four checkers on them, and two of these on
+# reference and against itself, the trainer end to end, models to transformers and back, compute-sanitizer's four checkers on them, and two of these on
 # every rung of dev/. Closes with the names of the tests that were skipped, if any, and 'N passed, M failed'; fails if
 # any did. On an H100 with 16 cores the tests take two and a half minutes, each of the first three checkers one, the race
 # checker several.
@@ -51,7 +51,7 @@ PYTHON
   )
 }
 
-trainer=(test_trainer test_interruption test_gpu_trainer)
+trainer=(test_trainer test_interruption test_evaluate test_hf test_gpu_trainer)
 for name in "${trainer[@]}"; do  # many short processes: beside the rest
   (TRAINER=$build/train_gpt_moe TRAINER_DEVICE=cuda python3 "dev/test/$name.py" -v >"$work/$name.log" 2>&1
     echo $? >"$work/$name.status") &
@@ -67,6 +67,12 @@ for name in "${trainer[@]}"; do
   mapfile -t names < <(awk '/^[A-Za-z_0-9]+ \(/ { name = $1 } /(^|\.\.\. )skipped ["\047]/ { print name }' "$work/$name.log")
   count_tests "$name" "$(cat "$work/$name.status")" "${ran:-1}" "$bad" "${names[@]}"
 done
+
+echo "== transformers"
+python3 scripts/hf_roundtrip.py --trainer "$build/train_gpt_moe" --device cuda >"$work/hf_roundtrip.log" 2>&1
+status=$?
+cat "$work/hf_roundtrip.log"
+if [ $status -eq 77 ]; then skipped+=("scripts/hf_roundtrip.py"); else count "scripts/hf_roundtrip.py" $status; fi
 
 echo "== compute-sanitizer"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)

@@ -62,6 +62,8 @@ OPTIONS = [  # options, words of the complaint
     # generation and export
     ("--generate", "--checkpoint"), ("--generate --checkpoint nowhere", "nowhere"), ("--generate --checkpoint .", "."), ("--generate --checkpoint train.bin", "train.bin"),
     ("--export onnx", "--export 'onnx'"), ("--export hf", "--checkpoint"), ("--export hf --checkpoint nowhere", "nowhere"), ("--generate --export hf --checkpoint x", "exclude"),
+    ("--logits x", "--checkpoint"), ("--logits x --checkpoint nowhere --val-data val.bin", "nowhere"), ("--logits x --generate --checkpoint x", "exclude"),
+    ("--hellaswag none.bin", "none.bin"), ("--hellaswag train.bin", "train.bin"), ("--hellaswag x --export hf --checkpoint x", "--hellaswag"), ("--checkpoint nowhere --dry-run", "--dry-run"),
     ("--max-new-tokens 0", "--max-new-tokens"), ("--context -1", "--context"), ("--temperature -1", "temperature"), ("--temperature nan", "temperature"),
     ("--top-k-sampling -1", "top-k"), ("--top-p 0", "top-p"), ("--top-p 1.5", "top-p"), ("--top-p nan", "top-p"),
     # processes

@@ -139,6 +139,20 @@ TEST(Gpt2Tokenizer, LongPiecesAreNotQuadratic) {  // a quadratic merge of these 
 }
 #endif
 
+// The merges of GPT-2's own list: its first three, and each is what its id spells.
+TEST(Gpt2Tokenizer, Merges) {
+  EXPECT_TRUE(Tokenizer::bytes().merges().empty());
+  if (!std::filesystem::exists(kAllRanks)) GTEST_SKIP() << kAllRanks << " is not there (data/get_gpt2_ranks.sh)";
+  const Tokenizer t = Tokenizer::gpt2(kAllRanks);
+  const auto merges = t.merges();
+  ASSERT_EQ(merges.size(), 50000u);
+  EXPECT_EQ(merges[0], (std::pair<std::string, std::string>(" ", "t")));
+  EXPECT_EQ(merges[1], (std::pair<std::string, std::string>(" ", "a")));
+  EXPECT_EQ(merges[2], (std::pair<std::string, std::string>("h", "e")));
+  for (size_t i = 0; i < merges.size(); ++i)
+    EXPECT_EQ(merges[i].first + merges[i].second, t.decode(std::vector<int32_t>{int32_t(256 + i)}));
+}
+
 TEST(Gpt2Ranks, RefusesMalformedFiles) {
   auto refused = [](const std::string& text, const auto&... texts) {
     RankFile file(text);

@@ -342,7 +342,7 @@ class Weights(TrainerTest):
             run = self.trained("--steps", 3, *options, out=kind)
             target = self.path("export-" + kind)
             self.assertIn(kind, self.ok("--export", "hf", "--checkpoint", run, "--out", target))
-            self.assertEqual(sorted(p.name for p in target.iterdir()), ["config.json", "model.safetensors"])
+            self.assertEqual(sorted(p.name for p in target.iterdir()), ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
             self.assertEqual((target / "model.safetensors").read_bytes(), self.weights(run))
             self.assertEqual((target / "config.json").read_bytes(), (self.checkpoint(run) / "config.json").read_bytes())
             config = json.loads((target / "config.json").read_text())
@@ -413,7 +413,7 @@ class Logs(TrainerTest):
         self.assertEqual([r["step"] for r in records], [1, 2, 3, 3, 4, 5, 6, 6])
         for record, line in zip(records, lines):
             if "val_loss" in record:
-                self.assertEqual((set(record), f"{record['val_loss']:.4f}"), ({"step", "val_loss"}, line.split("tel:")[1]))
+                self.assertEqual((set(record), f"{record['val_loss']:.4f}"), ({"step", "val_loss", "val_bits_per_byte"}, line.split("tel:")[1]))
                 continue
             self.assertLessEqual({"step", "loss", "aux_loss", "z_loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu", "expert_load"}, set(record))
             self.assertEqual(line, f"s:{record['step']} trl:{record['loss']:.4f} lr:{record['lr']:.6f} norm:{record['grad_norm']:.2f}")
