@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Dependencies run one way: llmc <- moe <- train_gpt_moe.cu; dev, test and scripts are leaves. Fails on an include that
+# Dependencies run one way: llmc <- moe <- train_gpt_moe.cu and library/; dev, test and scripts are leaves. Fails on an include that
 # runs against the arrows.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -8,9 +8,9 @@ cd "$(dirname "$0")/.."
 includes() { grep -rnE '^[[:space:]]*#[[:space:]]*include[[:space:]]*"' "$@" --include='*.h' --include='*.cpp' --include='*.cu' --include='*.cuh' 2>/dev/null; }
 
 bad=$(
-  includes llmc | grep -E 'include[[:space:]]*"(\.\./)*(moe|dev|scripts|data)/|include[[:space:]]*"(\.\./)*(train_gpt_moe|test_gpt_moe)'
-  includes moe | grep -E 'include[[:space:]]*"(\.\./)*(dev|scripts|data)/|include[[:space:]]*"(\.\./)*(train_gpt_moe|test_gpt_moe)'
-  grep -nHE '^[[:space:]]*#[[:space:]]*include[[:space:]]*"(\.\./)*(dev|scripts|data)/' train_gpt_moe.cu 2>/dev/null
+  includes llmc | grep -E 'include[[:space:]]*"(\.\./)*(moe|library|dev|scripts|data)/|include[[:space:]]*"(\.\./)*(train_gpt_moe|test_gpt_moe)'
+  includes moe | grep -E 'include[[:space:]]*"(\.\./)*(library|dev|scripts|data)/|include[[:space:]]*"(\.\./)*(train_gpt_moe|test_gpt_moe)'
+  includes library train_gpt_moe.cu | grep -E 'include[[:space:]]*"(\.\./)*(dev|scripts|data)/'
   # The trainer is host code only.
   grep -nHE '<<<|\bcuda[A-Z][A-Za-z]*\(' train_gpt_moe.cu 2>/dev/null | sed 's/$/   (the trainer is host code only)/'
 )

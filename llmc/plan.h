@@ -128,6 +128,8 @@ class Arena {
       for (TensorInfo& t : plan_.tensors()) t.data = base_ + t.offset;
     }
   }
+  // Memory that somebody else has, who says where each tensor is.
+  Arena(Device& device, Plan& plan) : device_(device), plan_(plan), separate_(false) {}
   ~Arena() {
     if (separate_)
       for (TensorInfo& t : plan_.tensors()) device_.release(t.data);

@@ -25,8 +25,12 @@ struct Names {  // options whose values are names, parsed after CLI11 is done
 Declared declare(CLI::App& app, Options& o, Names& names) {
   Declared declared;
   ModelConfig& m = o.model;
+  const char* what_to_do =
+      "What to do (default: train; with --checkpoint: evaluate it on --val-data, --hellaswag or both)";
   app.set_config("--config", "",
-                 "read options from a TOML or INI file (the same names without --; the command line wins)");
+                 "read options from a TOML or INI file (the same names without --; the command line wins)")
+      ->group(what_to_do);
+  app.get_help_ptr()->group(what_to_do);
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.option_defaults()->always_capture_default();
   auto group = [&](const char* name) { app.option_defaults()->group(name); };
@@ -36,7 +40,7 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   };
   auto balances = [&](CLI::Option* option) { declared.balance.push_back(option); };
 
-  group("What to do (default: train; with --checkpoint: evaluate it on --val-data, --hellaswag or both)");
+  group(what_to_do);
   app.add_flag("--memory-report", o.memory_report, "print the memory plan before anything is allocated");
   app.add_flag("--dry-run", o.dry_run, "stop after the checks and the report");
   app.add_option("--memory-profile", o.memory_profile,
@@ -110,10 +114,10 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--final-lr-fraction", o.schedule.final_fraction, "learning rate at the end, as a fraction of --lr");
   app.add_option("--wsd-decay-fraction", o.schedule.wsd_decay_fraction,
                  "wsd: part of the steps in which the rate falls");
-  app.add_option("--beta1", o.adamw.beta1, "AdamW");
-  app.add_option("--beta2", o.adamw.beta2, "AdamW");
-  app.add_option("--adam-eps", o.adamw.eps, "AdamW");
-  app.add_option("--weight-decay", o.adamw.weight_decay, "AdamW, on matrices only");
+  app.add_option("--beta1", o.adamw.beta1, "AdamW: decay of the first moment");
+  app.add_option("--beta2", o.adamw.beta2, "AdamW: decay of the second moment");
+  app.add_option("--adam-eps", o.adamw.eps, "AdamW: added to the root of the second moment");
+  app.add_option("--weight-decay", o.adamw.weight_decay, "AdamW: on matrices only");
   app.add_option("--clip", o.rules.clip_norm, "largest norm of the gradient; 0: no clipping");
   app.add_option("--skip-loss-z", o.rules.skip_loss_z,
                  "skip updates whose loss is more standard deviations above the last 128; 0: never");
@@ -127,10 +131,13 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
                    : "'" + text + "' is not a whole number from 0 to 2^64 - 1";
       });
   app.add_option("--device", o.device, "auto, cpu or cuda");
-  app.add_option("--dtype", o.dtype, "bf16, fp32 or fp64; default fp32 on cpu, bf16 on cuda");
-  app.add_option("--grad-dtype", o.grad_dtype,
-                 "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch on one rank of a "
-                 "stage, fp32 otherwise");
+  app.add_option("--dtype", o.dtype, "bf16, fp32 or fp64; without it fp32 on cpu, bf16 on cuda")
+      ->default_str("(device)");
+  app.add_option(
+         "--grad-dtype", o.grad_dtype,
+         "bf16 or fp32 for gradients of bf16 weights; without it bf16 for a single micro-batch on one rank of a "
+         "stage, fp32 otherwise")
+      ->default_str("(layout)");
 
   group("Evaluation, sampling, checkpoints");
   app.add_option("--eval-every", o.eval_every, "evaluate all validation data every n steps; 0: only at the end");
@@ -186,6 +193,10 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option(
       "--experts", o.experts,
       "cuda: kernels of the expert products: auto, hopper, or portable (every GPU since Ampere; attention's too)");
+  for (CLI::Option* option :
+       app.get_options())  // an empty default would not be shown (CLI11 would open that of --config)
+    if (option != app.get_config_ptr() && option->get_items_expected_max() > 0 && option->get_default_str().empty())
+      option->default_str("(none)");
   return declared;
 }
 

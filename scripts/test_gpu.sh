@@ -17,7 +17,7 @@ if [ -z "${PREBUILT:-}" ]; then
   [ -f "$build/CMakeCache.txt" ] || cmake --preset release -B "$build" >/dev/null || exit 1
   cmake --build "$build" -j "$jobs" && cmake --build "$build" -j "$jobs" --target dev_cuda || exit 1
 fi
-ops=(test_gpu_device test_gpu_matmul test_gpu_ops test_gpu_update test_gpu_router test_gpu_dispatch test_gpu_experts test_gpu_attention test_gpu_parallel test_gpu_vocabulary test_gpu_pull)
+ops=(test_gpu_device test_gpu_matmul test_gpu_ops test_gpu_update test_gpu_router test_gpu_dispatch test_gpu_experts test_gpu_attention test_gpu_parallel test_gpu_vocabulary test_gpu_pull test_gpu_library)
 [ -x "$build/${ops[0]}" ] || { echo "test_gpu: $build has no GPU tests: it was built without CUDA (nvcc 12.5 or later)" >&2; exit 1; }
 if "$build/test_gpu_device" --gtest_brief=1 2>/dev/null | grep -q "no GPU:"; then
   "$build/test_gpu_device" 2>/dev/null | grep -m1 "no GPU:" >&2
