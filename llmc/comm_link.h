@@ -56,7 +56,7 @@ struct Job {
                                     std::vector<Piece> receives, const std::string& what);
   void wait(Link::Batch& batch, const std::vector<int>& ranks, const std::string& what);
   bool gone(int rank) const;
-  bool ended(int rank) const;  // a process of this host that is no more; for any thread
+  bool ended(int rank) const;          // a process of this host that is no more; for any thread
   void note(const std::string& what);  // the last operation
   void print(const std::string& line) const;
   [[noreturn]] void abort(const std::string& line);

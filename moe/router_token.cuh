@@ -246,9 +246,8 @@ struct LogitGradient {
     z_scale = float(2 * shape.z_coef * scale / double(shape.N));
     // d aux / d P_e of a token's group, per selection counted: coef * E / G * f_e / tokens, f_e = count / (tokens * K); of
     // several ranks as in router.cpp.
-    const float aux_scale =
-        float(shape.aux_coef * scale * double(shape.E) / double(shape.G) /
-              (per_group * per_group * double(shape.ranks) * double(shape.K)));
+    const float aux_scale = float(shape.aux_coef * scale * double(shape.E) / double(shape.G) /
+                                  (per_group * per_group * double(shape.ranks) * double(shape.K)));
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int e = Lanes::index(i);
