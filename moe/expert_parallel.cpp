@@ -31,7 +31,7 @@ void expert_arrivals(Device&, int32_t* index, typename Device::Acc* gates, const
     for (int64_t k = 0; k < r.K; ++k) {
       const int64_t slot = i < n ? row_slot[first + i] / r.ranks * r.K + k : 0;
       const bool here = i < n && r.has(r.rank, place[slot]);
-      index[i * r.K + k] = here ? int32_t(place[slot] % r.slots()) : -1;
+      index[i * r.K + k] = here ? int32_t(place[slot] - r.first_place(r.rank)) : -1;
       gates[i * r.K + k] = here ? all_gates[slot] : 0;
     }
 }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(threads)
   const int64_t first = offsets[r.rank], n = offsets[r.rank + 1] - first;
   const int64_t slot = i < n ? row_slot[first + i] / r.ranks * r.K + k : 0;
   const bool here = i < n && r.has(r.rank, place[slot]);
-  index[at] = here ? int32_t(place[slot] % r.slots()) : -1;
+  index[at] = here ? int32_t(place[slot] - r.first_place(r.rank)) : -1;
   gates[at] = here ? all_gates[slot] : 0;
 }
 

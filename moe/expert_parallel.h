@@ -4,11 +4,11 @@
 // The ranks gather all choices, and look up the place of each (expert_slots.h), host * slots + slot, by its expert and the
 // rank of the token. From there on only places matter, and an expert may be anywhere, or on several hosts.
 //
-// So each rank makes the same plan of who sends what: the tokens of rank s that have an
-// expert on rank d go there once, however many of its experts they chose, in the order of the tokens. What arrived is a
-// batch of tokens with a choice each, in which experts of other ranks are -1: from there on everything is as on one rank
-// (dispatch.h, experts.h), rows in the order (slot, source rank, token). Back goes one row a token and rank: the sum of
-// its experts' rows there, gates included; the token's own rank adds these up in the order of the ranks.
+// So each makes the same plan of who sends what: the tokens of rank s that have an expert on rank d go there once, however
+// many of its experts they chose, in the order of the tokens. What arrived is a batch of tokens with a choice each, in
+// which experts of other ranks are -1: from there on everything is as on one rank (dispatch.h, experts.h), rows in the
+// order (slot of the expert, source rank, token). Back goes one row a token and rank: the sum of its experts' rows there,
+// gates included; the token's own rank adds these up in the order of the ranks.
 //
 // The parts of an expert are on neighbouring ranks, a host. A token goes to all of them, and their sums are parts of its sum.
 //
@@ -26,7 +26,10 @@ struct ExpertRanks {
   int64_t extra_slots = 0;  // of a rank, over its share of the experts
   HOST_DEVICE int64_t M() const { return ranks * N; }
   HOST_DEVICE int64_t slots() const { return E / (ranks / parts) + extra_slots; }  // of a rank, for experts or parts
-  HOST_DEVICE bool has(int64_t r, int64_t place) const { return place >= 0 && place / slots() == r / parts; }
+  HOST_DEVICE int64_t first_place(int64_t r) const { return r / parts * slots(); }
+  HOST_DEVICE bool has(int64_t r, int64_t place) const {
+    return place >= first_place(r) && place < first_place(r) + slots();
+  }
   int64_t share() const { return parts * N * K; }  // rows of a rank's experts, in the mean
 };
 
