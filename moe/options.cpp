@@ -326,7 +326,7 @@ Options parse_options(int argc, char** argv, int processes) {
     fail("--world ", o.world, ", but ", processes, " processes run");
   if (processes > 1) o.world = processes;
   const bool trains = !o.generate && o.export_format.empty();
-  if (!trains && (o.world > 1 || o.layout != Layout{}))
+  if (!trains && (o.world > 1 || o.layout != Layout{} || !o.placement.empty() || o.extra_slots || o.shadow_slots))
     fail(o.generate ? "--generate" : "--export", " runs as a single process");
   if (!(o.row_headroom > 0 && o.row_headroom <= 1e6))
     fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);

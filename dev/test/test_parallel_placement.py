@@ -171,6 +171,7 @@ class Plans(PlacementTest):
         self.refused_job(2, [*four, "--extra-slots", -1], "--extra-slots", "not be negative", model=MODEL)
         for more in (["--placement", self.path("places")], ["--extra-slots", 1], ["--shadow-slots", 1]):
             self.refused(self.training("--steps", 1, *more, model=MODEL), "--placement, --extra-slots and --shadow-slots", "--ep 1")
+            self.refused(["--generate", "--checkpoint", "run", *more], "--generate runs as a single process")
 
 
 if __name__ == "__main__":
