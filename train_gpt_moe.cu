@@ -228,6 +228,8 @@ class Trainer {
     std::string all = o_.command_line + hf_config(o_.model, info_).dump();
     for (int64_t n : {step_, next_sample_, total_steps_, train_->windows(), val_ ? val_->eval_windows() : 0})
       all += ' ' + std::to_string(n);
+    for (const auto& places : model_.options.places)
+      for (int32_t place : places) all += ' ' + std::to_string(place);
     const uint64_t mine = hash_name(all);
     std::vector<uint64_t> hashes(o_.world);
     parallel().host.gather_host(hashes.data(), &mine, sizeof mine, "gather", "what ranks start from");

@@ -2,7 +2,8 @@
 // homes that do not depend on who computes).
 //
 // The ranks of a group share a matrix, its space: each computes with some of its rows (a host: all rows, or those of its
-// experts), and each is home to some of its rows: master weights and moments of a row are on one rank of the group alone.
+// experts, in any order), and each is home to some of its rows: master weights and moments of a row are on one rank of
+// the group alone.
 // An update is: every host sends its gradient of a row to the row's home; the home adds them up in the order of the ranks,
 // steps, and sends the new weights to every host. Rows are dealt out in units of 64 logical rows, so that the norm of the
 // gradient is summed in the same blocks whoever is home to them.
@@ -22,9 +23,15 @@ struct Share {
 };
 
 struct Homes {
+  // Rows of the space that a host has one after another in its buffer, from row `at`. Two hosts have the same run, or no
+  // row of it in common.
+  struct Run {
+    int64_t row, rows, at;
+  };
   struct Host {
-    int64_t row = 0, rows = 0;  // in the space
+    int64_t rows = 0;  // of its buffer; those of no run belong to nobody
     int slab = 0;
+    std::vector<Run> runs;  // ascending in the space
   };
   int group = 0;  // the caller's number of the communicator
   int rank = 0;   // in it
@@ -40,11 +47,10 @@ struct Homes {
   bool has_second_gradient(int r) const { return first_hosts == 0 || r >= first_hosts; }
   int64_t home_begin() const { return bounds[rank]; }
   int64_t home_end() const { return bounds[rank + 1]; }
-  // Whether this rank computes with all rows that are at home on it, so that they are updated where they stand.
-  bool home_is_mine() const {
-    return home_begin() == home_end() ||
-           (slabs == 1 && mine().row <= home_begin() && home_end() <= mine().row + mine().rows);
-  }
+  // Whether this rank computes with all rows that are at home on it and has them together, so that they are updated where
+  // they stand; and where they do in its buffer.
+  bool home_is_mine() const { return home_begin() == home_end() || (slabs == 1 && run_of(home_begin(), home_end())); }
+  int64_t home_at() const { return row_at(home_begin(), home_end()); }
   // Whether it alone computes with them, so that its gradient is the sum.
   bool gradient_is_mine() const {
     for (const Share& s : from_hosts())
@@ -54,26 +60,46 @@ struct Homes {
   // Rows that this rank computes with, by their homes, in the order of the ranks: rows of its buffer.
   std::vector<Share> to_homes() const {
     std::vector<Share> shares;
-    for (int r = 0; r < int(hosts.size()); ++r) add(shares, r, mine(), bounds[r], bounds[r + 1], -mine().row);
+    for (int r = 0; r < int(hosts.size()); ++r)
+      for (const Run& run : mine().runs) add(shares, r, run, bounds[r], bounds[r + 1], run.at - run.row);
     return shares;
   }
-  // Rows at home here, by who computes with them: rows of its home memory, (slabs, home rows).
+  // Rows at home here, by who computes with them, in the same order: rows of its home memory, (slabs, home rows).
   std::vector<Share> from_hosts() const {
     std::vector<Share> shares;
     for (int r = 0; r < int(hosts.size()); ++r)
-      add(shares, r, hosts[r], home_begin(), home_end(), (home_end() - home_begin()) * hosts[r].slab - home_begin());
+      for (const Run& run : hosts[r].runs) add(shares, r, run, home_begin(), home_end(), home_memory(hosts[r].slab));
     return shares;
+  }
+  // Where this rank has a share of from_hosts() that is its own.
+  int64_t row_of(const Share& own) const {
+    const int64_t row = own.row - home_memory(mine().slab);
+    return row_at(row, row + own.rows);
   }
 
  private:
-  static void add(std::vector<Share>& shares, int rank, const Host& host, int64_t begin, int64_t end, int64_t shift) {
-    begin = std::max(begin, host.row), end = std::min(end, host.row + host.rows);
+  // From rows of the space to those of the home memory.
+  int64_t home_memory(int slab) const { return (home_end() - home_begin()) * slab - home_begin(); }
+  const Run* run_of(int64_t begin, int64_t end) const {
+    for (const Run& run : mine().runs)
+      if (run.row <= begin && end <= run.row + run.rows) return &run;
+    return nullptr;
+  }
+  int64_t row_at(int64_t begin, int64_t end) const {
+    const Run* run = run_of(begin, end);
+    return run ? run->at + begin - run->row : 0;
+  }
+  static void add(std::vector<Share>& shares, int rank, const Run& run, int64_t begin, int64_t end, int64_t shift) {
+    begin = std::max(begin, run.row), end = std::min(end, run.row + run.rows);
     if (begin < end) shares.push_back({rank, begin + shift, end - begin});
   }
 };
 
+// A host of all rows of a space, in order.
+inline Homes::Host host_of_all(int64_t rows) { return {rows, 0, {{0, rows, 0}}}; }
+
 // A process alone: all rows.
-inline Homes home_alone(int64_t rows) { return {0, 0, 1, 0, {{0, rows, 0}}, {0, rows}}; }
+inline Homes home_alone(int64_t rows) { return {0, 0, 1, 0, {host_of_all(rows)}, {0, rows}}; }
 
 // Bounds of the homes of `ranks` ranks over pieces of these numbers of rows, one after another, each dealt out in units of
 // `unit` rows (its last may be shorter), as evenly as whole units allow: no rank has

@@ -24,7 +24,8 @@ class ParameterIo {
     if (p.buffer < 0) return;
     const auto& b = table_.buffer(p.buffer);
     const auto& mine = b.homes.mine();
-    write_rows(p, p.cut + mine.slab, b.weight.data(), mine.row, mine.rows, values);
+    for (const Homes::Run& run : mine.runs)
+      write_rows(p, p.cut + mine.slab, b.weight.data() + run.at * b.cols, run.row, run.rows, values);
     if (b.updated) write_home(p, b.updated.data(), values);
     if (b.master) write_home(p, b.master.data(), values);
   }
@@ -121,7 +122,7 @@ class ParameterIo {
   }
   void append(std::vector<Acc>& to, const Parameter& p, int slab, int64_t begin, int64_t end, State which) {
     const auto& b = table_.buffer(p.buffer);
-    const int64_t at = slab * b.home_rows() * b.cols, mine = (b.homes.home_begin() - b.homes.mine().row) * b.cols;
+    const int64_t at = slab * b.home_rows() * b.cols, mine = b.homes.home_at() * b.cols;
     auto read = [&]<class T>(const T* base) {
       std::vector<T> rows((end - begin) * b.cols);
       each_run(p.map, begin, end, b.cols, [&](int64_t row, int64_t pieces, int64_t width, int64_t pitch) {

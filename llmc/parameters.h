@@ -146,7 +146,7 @@ class ParameterTable {
 
   // Weights of the rows at home here: where they stand if this rank computes with them all, else new ones by themselves.
   static Real* home_weight(const Buffer& b) {
-    if (b.homes.home_is_mine()) return b.weight + (b.homes.home_begin() - b.homes.mine().row) * b.cols;
+    if (b.homes.home_is_mine()) return b.weight + b.homes.home_at() * b.cols;
     if constexpr (!has_master) return b.master;
     return b.updated;
   }
@@ -157,8 +157,7 @@ class ParameterTable {
     std::vector<ParameterView<Device>> views;
     int64_t blocks = 0;
     each_home([&](const Parameter& p, const Buffer& b, int slab, int64_t row0, int64_t row1) {
-      const int64_t begin = b.homes.home_begin(), at = slab * b.home_rows() * b.cols,
-                    mine = (begin - b.homes.mine().row) * b.cols;
+      const int64_t begin = b.homes.home_begin(), at = slab * b.home_rows() * b.cols, mine = b.homes.home_at() * b.cols;
       ParameterView<Device> v{};
       v.weight = home_weight(b) + at;
       v.m = b.m + at, v.v = b.v + at;

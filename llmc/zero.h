@@ -81,8 +81,7 @@ class UpdateTraffic {
         if (s.rank != b.homes.rank) {
           parts.push_back(next), next += s.rows * row_bytes;
         } else {
-          for (const Share& mine : b.homes.to_homes())
-            if (mine.rank == s.rank) parts.push_back(g.data() + mine.row * row_bytes);
+          parts.push_back(g.data() + b.homes.row_of(s) * row_bytes);
         }
       }
       if (!g.sum) return;

@@ -3,26 +3,35 @@
 #include "llmc/cpu_math.h"
 
 template <class Device>
-void expert_destinations(Device&, int32_t* destination, const int32_t* top_k_index, ExpertRanks r) {
+void expert_places(Device&, int32_t* place, const int32_t* top_k_index, const int32_t* table, int64_t first, int64_t n,
+                   ExpertRanks r) {
+  for (int64_t i = 0; i < n * r.K; ++i) {
+    const int64_t e = top_k_index[i], source = (first + i / r.K) / r.N;
+    place[i] = e >= 0 && e < r.E ? table[e * r.ranks + source] : -1;
+  }
+}
+
+template <class Device>
+void expert_destinations(Device&, int32_t* destination, const int32_t* place, ExpertRanks r) {
   for (int64_t t = 0; t < r.M(); ++t) {
     int32_t* to = destination + t * r.ranks;
     std::fill_n(to, r.ranks, -1);
     for (int64_t k = 0; k < r.K; ++k)
       for (int d = 0; d < r.ranks; ++d)
-        if (r.has(d, top_k_index[t * r.K + k])) to[d] = d;
+        if (r.has(d, place[t * r.K + k])) to[d] = d;
   }
 }
 
 template <class Device>
 void expert_arrivals(Device&, int32_t* index, typename Device::Acc* gates, const int32_t* offsets,
-                     const int32_t* row_slot, const int32_t* top_k_index, const typename Device::Acc* all_gates,
+                     const int32_t* row_slot, const int32_t* place, const typename Device::Acc* all_gates,
                      ExpertRanks r) {
   const int64_t first = offsets[r.rank], n = offsets[r.rank + 1] - first;
   for (int64_t i = 0; i < r.M(); ++i)
     for (int64_t k = 0; k < r.K; ++k) {
       const int64_t slot = i < n ? row_slot[first + i] / r.ranks * r.K + k : 0;
-      const bool here = i < n && r.has(r.rank, top_k_index[slot]);
-      index[i * r.K + k] = here ? int32_t(top_k_index[slot] - r.first_expert(r.rank)) : -1;
+      const bool here = i < n && r.has(r.rank, place[slot]);
+      index[i * r.K + k] = here ? int32_t(place[slot] - r.first_place(r.rank)) : -1;
       gates[i * r.K + k] = here ? all_gates[slot] : 0;
     }
 }
@@ -56,18 +65,19 @@ void expert_pack(Device&, typename Device::Real* packed, const typename Device::
 
 template <class Device>
 void expert_gate_gradients(Device&, typename Device::Acc* dgates, const typename Device::Acc* returned,
-                           const int32_t* position, const int32_t* top_k_index, ExpertRanks r) {
+                           const int32_t* position, const int32_t* place, ExpertRanks r) {
   for (int64_t t = 0; t < r.N; ++t)
     for (int64_t k = 0; k < r.K; ++k) {
       typename Device::Acc sum = 0;
       for (int d = 0; d < r.ranks; ++d)
-        if (const int64_t at = position[t * r.ranks + d]; at >= 0 && r.has(d, top_k_index[t * r.K + k]))
+        if (const int64_t at = position[t * r.ranks + d]; at >= 0 && r.has(d, place[t * r.K + k]))
           sum += returned[at * r.K + k];
       dgates[t * r.K + k] = sum;
     }
 }
 
 #define INSTANTIATE(Real)                                                                                              \
+  template void expert_places(Cpu<Real>&, int32_t*, const int32_t*, const int32_t*, int64_t, int64_t, ExpertRanks);    \
   template void expert_destinations(Cpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                                \
   template void expert_arrivals(Cpu<Real>&, int32_t*, Cpu<Real>::Acc*, const int32_t*, const int32_t*, const int32_t*, \
                                 const Cpu<Real>::Acc*, ExpertRanks);                                                   \

@@ -10,23 +10,30 @@ dim3 grid_of(int64_t n) { return dim3(unsigned(ceil_div(n, threads))); }
 __device__ int64_t thread_number() { return int64_t(blockIdx.x) * threads + threadIdx.x; }
 
 __global__ void __launch_bounds__(threads)
-    destinations(int32_t* destination, const int32_t* top_k_index, ExpertRanks r) {
+    places(int32_t* place, const int32_t* top_k_index, const int32_t* table, int64_t first, int64_t n, ExpertRanks r) {
+  const int64_t i = thread_number();
+  if (i >= n * r.K) return;
+  const int64_t e = top_k_index[i], source = (first + i / r.K) / r.N;
+  place[i] = e >= 0 && e < r.E ? table[e * r.ranks + source] : -1;
+}
+
+__global__ void __launch_bounds__(threads) destinations(int32_t* destination, const int32_t* place, ExpertRanks r) {
   const int64_t i = thread_number(), t = i / r.ranks, d = i % r.ranks;
   if (t >= r.ranks * r.N) return;
   bool goes = false;
-  for (int64_t k = 0; k < r.K; ++k) goes |= r.has(d, top_k_index[t * r.K + k]);
+  for (int64_t k = 0; k < r.K; ++k) goes |= r.has(d, place[t * r.K + k]);
   destination[i] = goes ? int32_t(d) : -1;
 }
 
 __global__ void __launch_bounds__(threads)
-    arrivals(int32_t* index, float* gates, const int32_t* offsets, const int32_t* row_slot, const int32_t* top_k_index,
+    arrivals(int32_t* index, float* gates, const int32_t* offsets, const int32_t* row_slot, const int32_t* place,
              const float* all_gates, ExpertRanks r) {
   const int64_t at = thread_number(), i = at / r.K, k = at % r.K;
   if (i >= r.ranks * r.N) return;
   const int64_t first = offsets[r.rank], n = offsets[r.rank + 1] - first;
   const int64_t slot = i < n ? row_slot[first + i] / r.ranks * r.K + k : 0;
-  const bool here = i < n && r.has(r.rank, top_k_index[slot]);
-  index[at] = here ? int32_t(top_k_index[slot] - r.first_expert(r.rank)) : -1;
+  const bool here = i < n && r.has(r.rank, place[slot]);
+  index[at] = here ? int32_t(place[slot] - r.first_place(r.rank)) : -1;
   gates[at] = here ? all_gates[slot] : 0;
 }
 
@@ -68,14 +75,13 @@ __global__ void __launch_bounds__(threads)
   copy_row(packed + position[i] * C, x + i / ranks * C, C, vectors);
 }
 
-__global__ void __launch_bounds__(threads) gate_gradients(float* dgates, const float* returned, const int32_t* position,
-                                                          const int32_t* top_k_index, ExpertRanks r) {
+__global__ void __launch_bounds__(threads)
+    gate_gradients(float* dgates, const float* returned, const int32_t* position, const int32_t* place, ExpertRanks r) {
   const int64_t i = thread_number(), t = i / r.K, k = i % r.K;
   if (t >= r.N) return;
-  const int64_t e = top_k_index[i];
   float sum = 0;
-  if (e >= 0 && e < r.E)
-    for (int64_t host = e / r.experts() * r.parts, d = host; d < host + r.parts; ++d)
+  if (place[i] >= 0)
+    for (int64_t host = place[i] / r.slots() * r.parts, d = host; d < host + r.parts; ++d)
       if (const int64_t at = position[t * r.ranks + d]; at >= 0) sum += returned[at * r.K + k];
   dgates[i] = sum;
 }
@@ -83,8 +89,13 @@ __global__ void __launch_bounds__(threads) gate_gradients(float* dgates, const f
 }  // namespace
 
 template <class Device>
-void expert_destinations(Device& dev, int32_t* destination, const int32_t* top_k_index, ExpertRanks r) {
-  launch(dev, destinations, grid_of(r.M() * r.ranks), threads, 0, destination, top_k_index, r);
+void expert_places(Device& dev, int32_t* place, const int32_t* top_k_index, const int32_t* table, int64_t first,
+                   int64_t n, ExpertRanks r) {
+  launch(dev, places, grid_of(n * r.K), threads, 0, place, top_k_index, table, first, n, r);
+}
+template <class Device>
+void expert_destinations(Device& dev, int32_t* destination, const int32_t* place, ExpertRanks r) {
+  launch(dev, destinations, grid_of(r.M() * r.ranks), threads, 0, destination, place, r);
 }
 template <class Device>
 void expert_arrivals(Device& dev, int32_t* index, typename Device::Acc* gates, const int32_t* offsets,
@@ -106,17 +117,18 @@ void expert_pack(Device& dev, typename Device::Real* packed, const typename Devi
 }
 template <class Device>
 void expert_gate_gradients(Device& dev, typename Device::Acc* dgates, const typename Device::Acc* returned,
-                           const int32_t* position, const int32_t* top_k_index, ExpertRanks r) {
-  launch(dev, gate_gradients, grid_of(r.N * r.K), threads, 0, dgates, returned, position, top_k_index, r);
+                           const int32_t* position, const int32_t* place, ExpertRanks r) {
+  launch(dev, gate_gradients, grid_of(r.N * r.K), threads, 0, dgates, returned, position, place, r);
 }
 
-#define INSTANTIATE(Real)                                                                                        \
-  template void expert_destinations(Gpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                          \
-  template void expert_arrivals(Gpu<Real>&, int32_t*, float*, const int32_t*, const int32_t*, const int32_t*,    \
-                                const float*, ExpertRanks);                                                      \
-  template void expert_positions(Gpu<Real>&, int32_t*, int32_t*, const int32_t*, const int32_t*, const int32_t*, \
-                                 ExpertRanks);                                                                   \
-  template void expert_pack(Gpu<Real>&, Real*, const Real*, const int32_t*, int64_t, ExpertRanks);               \
+#define INSTANTIATE(Real)                                                                                           \
+  template void expert_places(Gpu<Real>&, int32_t*, const int32_t*, const int32_t*, int64_t, int64_t, ExpertRanks); \
+  template void expert_destinations(Gpu<Real>&, int32_t*, const int32_t*, ExpertRanks);                             \
+  template void expert_arrivals(Gpu<Real>&, int32_t*, float*, const int32_t*, const int32_t*, const int32_t*,       \
+                                const float*, ExpertRanks);                                                         \
+  template void expert_positions(Gpu<Real>&, int32_t*, int32_t*, const int32_t*, const int32_t*, const int32_t*,    \
+                                 ExpertRanks);                                                                      \
+  template void expert_pack(Gpu<Real>&, Real*, const Real*, const int32_t*, int64_t, ExpertRanks);                  \
   template void expert_gate_gradients(Gpu<Real>&, float*, const float*, const int32_t*, const int32_t*, ExpertRanks);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

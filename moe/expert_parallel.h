@@ -1,13 +1,16 @@
-// Expert parallelism: a rank has E/ep of the experts, or of each of these the etp-th part of its width, and computes with
-// every token of its group of ep * etp ranks that chose one of them.
+// Expert parallelism: a rank has some of the experts in its slots, or of each of these the etp-th part of its width, and
+// computes with every token of its group of ep * etp ranks that chose one of them.
 //
-// The ranks gather all choices, so that each makes the same plan of who sends what: the tokens of rank s that have an
-// expert on rank d go there once, however many of its experts they chose, in the order of the tokens. What arrived is a
-// batch of tokens with a choice each, in which experts of other ranks are -1: from there on everything is as on one rank
-// (dispatch.h, experts.h), rows in the order (expert, source rank, token). Back goes one row a token and rank: the sum of
-// its experts' rows there, gates included; the token's own rank adds these up in the order of the ranks.
+// The ranks gather all choices, and look up the place of each (expert_slots.h), host * slots + slot, by its expert and the
+// rank of the token. From there on only places matter, and an expert may be anywhere, or on several hosts.
 //
-// The parts of an expert are on neighbouring ranks. A token goes to all of them, and their sums are parts of its sum.
+// So each makes the same plan of who sends what: the tokens of rank s that have an expert on rank d go there once, however
+// many of its experts they chose, in the order of the tokens. What arrived is a batch of tokens with a choice each, in
+// which experts of other ranks are -1: from there on everything is as on one rank (dispatch.h, experts.h), rows in the
+// order (slot of the expert, source rank, token). Back goes one row a token and rank: the sum of its experts' rows there,
+// gates included; the token's own rank adds these up in the order of the ranks.
+//
+// The parts of an expert are on neighbouring ranks, a host. A token goes to all of them, and their sums are parts of its sum.
 //
 // M = ep * etp * N tokens of the group, numbered rank * N + token.
 #pragma once
@@ -18,26 +21,35 @@
 // The ranks of the group.
 struct ExpertRanks {
   int ranks = 1, rank = 0;
-  int64_t N, K, E;  // tokens of a rank, choices of a token, experts in all
-  int parts = 1;    // of an expert; divides ranks
+  int64_t N, K, E;          // tokens of a rank, choices of a token, experts in all
+  int parts = 1;            // of an expert; divides ranks
+  int64_t extra_slots = 0;  // of a rank, over its share of the experts
   HOST_DEVICE int64_t M() const { return ranks * N; }
-  HOST_DEVICE int64_t experts() const { return E / (ranks / parts); }  // of a rank, whole or in parts
-  HOST_DEVICE int64_t first_expert(int64_t r) const { return r / parts * experts(); }
-  HOST_DEVICE bool has(int64_t r, int64_t e) const { return e >= first_expert(r) && e < first_expert(r) + experts(); }
+  HOST_DEVICE int64_t slots() const { return E / (ranks / parts) + extra_slots; }  // of a rank, for experts or parts
+  HOST_DEVICE int64_t first_place(int64_t r) const { return r / parts * slots(); }
+  HOST_DEVICE bool has(int64_t r, int64_t place) const {
+    return place >= first_place(r) && place < first_place(r) + slots();
+  }
   int64_t share() const { return parts * N * K; }  // rows of a rank's experts, in the mean
 };
+
+// place (n,K): where the choices of tokens [first, first + n) are computed, by table (E, ranks) of (expert, rank of the
+// token); -1 for a choice of no expert. place may be top_k_index (n,K).
+template <class Device>
+void expert_places(Device& dev, int32_t* place, const int32_t* top_k_index, const int32_t* table, int64_t first,
+                   int64_t n, ExpertRanks r);
 
 // destination (M, ranks): d where the token chose an expert of rank d, else -1. dispatch_plan() of it (E = K = ranks) is the
 // plan of the exchange: bucket d lists the tokens that go to rank d, in order.
 template <class Device>
-void expert_destinations(Device& dev, int32_t* destination, const int32_t* top_k_index, ExpertRanks r);
+void expert_destinations(Device& dev, int32_t* destination, const int32_t* place, ExpertRanks r);
 
-// The batch that arrives here: of its i-th token, index (M,K): its choices as numbers of this rank's experts, -1 for those
-// of other ranks; gates (M,K) beside them. Past its end -1.
-//   in  offsets, row_slot: of the exchange's plan; top_k_index (M,K), all_gates (M,K): of all tokens
+// The batch that arrives here: of its i-th token, index (M,K): its choices as this rank's slots, -1 for those of other
+// ranks; gates (M,K) beside them. Past its end -1.
+//   in  offsets, row_slot: of the exchange's plan; place (M,K), all_gates (M,K): of all tokens
 template <class Device>
 void expert_arrivals(Device& dev, int32_t* index, typename Device::Acc* gates, const int32_t* offsets,
-                     const int32_t* row_slot, const int32_t* top_k_index, const typename Device::Acc* all_gates,
+                     const int32_t* row_slot, const int32_t* place, const typename Device::Acc* all_gates,
                      ExpertRanks r);
 
 // Where this rank's tokens are in what it sends: position (N, ranks) of its token for rank d, grouped by d, or -1;
@@ -52,10 +64,10 @@ void expert_pack(Device& dev, typename Device::Real* packed, const typename Devi
                  int64_t C, ExpertRanks r);
 
 // dgates (N,K) = that of the rank which has the expert, or the sum over its parts, in order, from `returned` (., K) in the
-// order of what was sent; 0 for a slot that a rank dropped.
+// order of what was sent; 0 for a choice that no rank has. place (N,K): of this rank's tokens.
 template <class Device>
 void expert_gate_gradients(Device& dev, typename Device::Acc* dgates, const typename Device::Acc* returned,
-                           const int32_t* position, const int32_t* top_k_index, ExpertRanks r);
+                           const int32_t* position, const int32_t* place, ExpertRanks r);
 
 // Rows of `width` elements between the ranks, as counts says: from what is packed here to what arrives, or back. The host
 // reads counts and waits for the device to do so.

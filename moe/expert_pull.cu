@@ -110,13 +110,12 @@ __global__ void __launch_bounds__(threads)
 
 __global__ void __launch_bounds__(threads)
     pull_gate_gradients(float* dgates, const __grid_constant__ Peers<const float> theirs, const int32_t* position,
-                        const int32_t* top_k_index, ExpertRanks r) {
+                        const int32_t* place, ExpertRanks r) {
   const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x, t = i / r.K, k = i % r.K;
   if (t >= r.N || (theirs.lost && *theirs.lost)) return;
-  const int64_t e = top_k_index[i];
   float sum = 0;
-  if (e >= 0 && e < r.E)
-    for (int64_t host = e / r.experts() * r.parts, d = host; d < host + r.parts; ++d)
+  if (place[i] >= 0)
+    for (int64_t host = place[i] / r.slots() * r.parts, d = host; d < host + r.parts; ++d)
       if (const int64_t at = position[t * r.ranks + d]; at >= 0) sum += theirs.at[d][at * r.K + k];
   dgates[i] = sum;
 }
@@ -160,8 +159,8 @@ void expert_pull_back(Device& dev, typename Device::Real* out, Peers<const typen
 
 template <class Device>
 void expert_pull_gate_gradients(Device& dev, typename Device::Acc* dgates, Peers<const typename Device::Acc> theirs,
-                                const int32_t* position, const int32_t* top_k_index, ExpertRanks r) {
-  launch(dev, pull_gate_gradients, grid_of(r.N * r.K), threads, 0, dgates, theirs, position, top_k_index, r);
+                                const int32_t* position, const int32_t* place, ExpertRanks r) {
+  launch(dev, pull_gate_gradients, grid_of(r.N * r.K), threads, 0, dgates, theirs, position, place, r);
 }
 
 #define INSTANTIATE(Real)                                                                                          \

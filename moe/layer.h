@@ -114,7 +114,8 @@ struct MoeLayer {
   Tensor<int32_t> replay, record;     // (N,K) or null
   Tensor<StepStats> stats;
   Tensor<StepParams> params;
-  ExpertRanks ranks;  // that share the experts
+  ExpertRanks ranks;       // that share the experts
+  Tensor<int32_t> places;  // (E, ranks) of the experts, where there are several ranks
   Comm expert_ranks;
   StatisticsRanks statistics;
   PeerMemory* peers;  // of expert_ranks, who fetch rows from each other; null: they send them
@@ -221,6 +222,7 @@ struct MoeLayer {
     auto all_choices = x.template tensor<int32_t>("all choices", {M, K});
     auto all_gates = x.template tensor<Acc>("all gates", {M, K});
     x.op("gather choices", gather_choices, expert_ranks, all_choices, all_gates, s.top_k_index, s.gates, N * K);
+    x.op("places", expert_places<Device>, all_choices, all_choices, places, 0, M, ranks);
     auto destination = x.template tensor<int32_t>("destination", {M, n});
     x.op("destinations", expert_destinations<Device>, destination, all_choices, ranks);
     RoutingTensors plan;
@@ -279,13 +281,14 @@ struct MoeLayer {
       x.op("gate gradients", exchange_rows<Device, Acc>, expert_ranks, returned, dgates, s.arrived.counts, ranks.K,
            true, "gate gradients");
     }
+    auto place = x.template tensor<int32_t>("own places", {ranks.N, ranks.K});
+    x.op("own places", expert_places<Device>, place, s.top_k_index, places, ranks.rank * ranks.N, ranks.N, ranks);
     auto own = x.template tensor<Acc>("own dgates", {ranks.N, ranks.K});
     if (peers)
       x.op("fetch gate gradients", expert_pull_gate_gradients<Device>, own, peers->of(dgates), s.arrived.position,
-           s.top_k_index, ranks);
+           place, ranks);
     else
-      x.op("own gate gradients", expert_gate_gradients<Device>, own, returned, s.arrived.position, s.top_k_index,
-           ranks);
+      x.op("own gate gradients", expert_gate_gradients<Device>, own, returned, s.arrived.position, place, ranks);
     return own;
   }
   // Where rows are fetched: the ranks meet (peer_memory.h). What was fetched since the last meeting stays until this one.

@@ -70,6 +70,9 @@ class Model {
     std::vector<int32_t> positions(N());
     for (int64_t n = 0; n < N(); ++n) positions[n] = int32_t(n % options.T);
     device_.to_device(positions_, positions.data(), positions.size() * sizeof(int32_t));
+    for (int l = 0; l < config.n_layer; ++l)
+      if (places_[l])
+        device_.to_device(places_[l], options.expert_slots(config, l).place.data(), places_[l].info->bytes);
     if (options.train) {
       auto views = table.views();
       device_.to_device(views_, views.data(), views.size() * sizeof views[0]);
@@ -292,13 +295,15 @@ class Model {
     if (options.logits)
       logits = plan.template persistent<Real>("logits", {N(), vocabulary_.padded}, Category::workspace);
     rope_ = plan.template persistent<Acc>("rope", {positions_held(), c.head_dim}, Category::workspace);
-    load_.resize(c.n_layer), bias_.resize(c.n_layer), record_.resize(c.n_layer);
+    load_.resize(c.n_layer), bias_.resize(c.n_layer), record_.resize(c.n_layer), places_.resize(c.n_layer);
     k_cache_.resize(c.n_layer), v_cache_.resize(c.n_layer);
     for (int l = 0; l < c.n_layer; ++l) {
       plan.set_place(l, c.is_dense(l) ? "mlp" : "moe");
       if (!c.is_dense(l)) {
         load_[l] = plan.template persistent<int32_t>("load", {c.n_expert}, Category::workspace);  // all stages'
         if (!stage.has(l)) continue;
+        if (const ExpertRanks r = options.expert_ranks(c); r.ranks > 1)
+          places_[l] = plan.template persistent<int32_t>("places of experts", {r.E, r.ranks}, Category::workspace);
         if (has_bias(l)) bias_[l] = plan.template persistent<Acc>("bias", {c.n_expert}, Category::optimizer);
         for (Slot& slot : slots_)
           if (options.replay_routing)
@@ -358,7 +363,7 @@ class Model {
     const StatisticsRanks statistics = statistics_ranks(pass, router);
     ExpertShape experts = config.experts(ranks.N);
     const ExpertRows rows = expert_rows(ranks, options.row_headroom);
-    experts.R = rows.a_pass, experts.E = ranks.experts(), experts.slots = ranks.M() * config.top_k;
+    experts.R = rows.a_pass, experts.E = ranks.slots(), experts.slots = ranks.M() * config.top_k;
     experts.F /= parallel.layout.etp;
     return {x_,
             router,
@@ -383,6 +388,7 @@ class Model {
             stats_,
             params_,
             ranks,
+            places_[l],
             parallel[Group::ep],
             statistics,
             pulls() && ranks.ranks > 1 ? &peers_ : nullptr};
@@ -676,7 +682,7 @@ class Model {
   Tensor<int32_t> positions_, decode_token_, decode_position_;
   Tensor<Real> decode_logits_, stage_output_, stage_gradient_;
   std::vector<Slot> slots_;
-  std::vector<Tensor<int32_t>> load_, record_;
+  std::vector<Tensor<int32_t>> load_, record_, places_;
   std::vector<Tensor<Acc>> bias_;
   std::vector<Tensor<Real>> k_cache_, v_cache_;
 };

@@ -72,7 +72,6 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
     }
   };
   auto one = [&](int64_t rows, int64_t unit) { return parallel.dense({rows}, unit, 0); };
-  auto many = [&](int64_t rows, int64_t unit) { return parallel.experts(E, rows, unit); };
 
   here = stage.first() || (c.tied && stage.last());
   buffers.embedding = add_buffer(
@@ -106,6 +105,8 @@ ModelBuffers declare_parameters(ParameterTable<Device>& table, Plan& plan, const
       b.router = add_buffer(moe + "gate.weight", parallel.replicated({E}, norm_block_rows), C, true);
       matrix(moe + "gate.weight", E, C, Init::normal, l, b.router, {}, whole, true);
       auto expert = [&](int64_t e) { return moe + "experts." + std::to_string(e) + "."; };
+      const ExpertSlots slots = options.expert_slots(c, l);
+      auto many = [&](int64_t rows, int64_t unit) { return parallel.experts(slots, rows, unit); };
       mlp(moe + "experts", E, c.d_expert, l, wide_experts, many, expert, by_etp, b.w13, b.w2);
       auto shared = [&](int64_t) { return moe + "shared_expert."; };
       if (c.d_shared) mlp(moe + "shared", 1, c.d_shared, l, wide, one, shared, by_tp, b.shared13, b.shared2);

@@ -181,6 +181,12 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option(
       "--row-headroom", o.row_headroom,
       "rows that a rank's experts have memory for, over their share; what exceeds it comes in further passes");
+  app.add_option("--placement", o.placement,
+                 "which rank computes which expert: a text file of numbers, for every layer with experts, expert, and "
+                 "rank of a token in its group of ep x etp: host * slots + slot; empty: in order");
+  app.add_option("--extra-slots", o.extra_slots, "experts that a rank has memory for, over its share: for --placement");
+  app.add_option("--shadow-slots", o.shadow_slots,
+                 "and others, that no expert is placed in, for those that come and go within a step");
   app.add_option(
       "--transport", o.transport,
       "of tokens between ranks that share experts: pull (GPUs of one host fetch them from each other's memory), "
@@ -307,6 +313,7 @@ Options parse_options(int argc, char** argv, int processes) {
   if (o.total_batch_tokens % o.micro_batch_tokens())
     fail("--total-batch-tokens ", o.total_batch_tokens, " is not a multiple of --batch-size ", o.batch_size,
          " x --seq-len ", o.seq_len, o.layout.dp > 1 ? " x --dp " + std::to_string(o.layout.dp) : "");
+  not_negative("--extra-slots", o.extra_slots), not_negative("--shadow-slots", o.shadow_slots);
   if (!(o.epochs > 0 && o.epochs <= 1e6)) fail("--epochs must be positive (at most 1e6), not ", o.epochs);
   if (!(o.memory_budget >= 0 && o.memory_budget <= 1e9))
     fail("--memory-budget is in GiB: not negative, at most 1e9, not ", o.memory_budget);
@@ -344,7 +351,8 @@ Options parse_options(int argc, char** argv, int processes) {
   if (processes > 1 && o.world != 1 && o.world != processes)
     fail("--world ", o.world, ", but ", processes, " processes run");
   if (processes > 1) o.world = processes;
-  if (o.use() && (o.world > 1 || o.layout != Layout{})) fail(o.use(), " runs as a single process");
+  if (o.use() && (o.world > 1 || o.layout != Layout{} || !o.placement.empty() || o.extra_slots || o.shadow_slots))
+    fail(o.use(), " runs as a single process");
   if (!(o.row_headroom > 0 && o.row_headroom <= 1e6))
     fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
   if (o.world > 1) {
@@ -388,6 +396,14 @@ void check_processes(const Options& o) {
   const int64_t B = o.batch_size, T = o.seq_len, ranks = int64_t(ep) * etp;
   if (o.transport == "pull" && ranks == 1)
     fail("--transport pull: with --ep 1 --etp 1 no token leaves its rank; leave it out");
+  if (ranks == 1 && (!o.placement.empty() || o.extra_slots || o.shadow_slots))
+    fail(
+        "--placement, --extra-slots and --shadow-slots: with --ep 1 --etp 1 every rank has all experts; leave them "
+        "out");
+  if (const int64_t E = o.model.n_expert, more = E - E / ep;
+      o.extra_slots > more || o.shadow_slots > more - o.extra_slots)
+    fail("--extra-slots ", o.extra_slots, " and --shadow-slots ", o.shadow_slots, ": a rank with ", E / ep, " of the ",
+         E, " experts has no use for more than ", more);
   for (auto [option, n] : {std::pair{"--ep", ep}, {"--etp", etp}, {"--tp", tp}})
     if (n > 1 && o.model.capacity_factor > 0)
       fail("--capacity-factor counts the rows of an expert on one rank; with ", option, " ", n, " nothing is dropped");

@@ -54,6 +54,8 @@ struct Options {
   int local_ranks = 1;        // of them on this host
   double comm_timeout = 600;  // seconds
   double row_headroom = 1.5;  // as in RunOptions
+  int64_t extra_slots = 0, shadow_slots = 0;
+  std::string placement;  // path of the places of the experts
   std::string transport = "auto";
   std::string command_line;
   bool plain_matmul = false, no_graphs = false;

@@ -5,6 +5,7 @@
 
 #include "llmc/comm.h"
 #include "llmc/homes.h"
+#include "moe/expert_slots.h"
 #include "moe/layout.h"
 
 struct Parallel {
@@ -38,16 +39,17 @@ struct Parallel {
     if (two) h.first_hosts = layout.dp;
     return h;
   }
-  // Those of E experts, of which a rank has its share; `rows` of an expert, of which a rank has all or (slabs of columns,
-  // or of gate and up rows) the part of its etp index.
-  Homes experts(int64_t E, int64_t rows, int64_t unit) const {
+  // Those of the experts of a layer, which a rank has in its slots; `rows` of an expert, of which a rank has all or (slabs
+  // of columns, or of gate and up rows) the part of its etp index.
+  Homes experts(const ExpertSlots& slots, int64_t rows, int64_t unit) const {
     Homes h;
     h.group = int(Group::stage), h.rank = stage_rank(), h.slabs = layout.etp;
-    h.bounds = home_bounds(std::vector<int64_t>(size_t(E), rows), unit, layout.stage_ranks());
+    h.bounds = home_bounds(std::vector<int64_t>(size_t(slots.E), rows), unit, layout.stage_ranks());
+    const auto runs = slots.runs();
     for (int r = 0; r < layout.stage_ranks(); ++r) {
-      Place p = place(layout, here.pp * layout.stage_ranks() + r);
-      auto [first, last] = share(E, layout.ep, p.ep);
-      h.hosts.push_back({first * rows, (last - first) * rows, p.etp});
+      const Place p = place(layout, here.pp * layout.stage_ranks() + r);
+      Homes::Host& host = h.hosts.emplace_back(Homes::Host{slots.slots * rows, p.etp, {}});
+      for (const auto& run : runs[p.ep]) host.runs.push_back({run.expert * rows, run.n * rows, run.slot * rows});
     }
     return h;
   }
@@ -56,7 +58,7 @@ struct Parallel {
   static Homes homes(Group g, int ranks, int rank, const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) {
     Homes h;
     h.group = int(g), h.rank = rank, h.bounds = home_bounds(pieces, unit, ranks);
-    h.hosts.assign(size_t(ranks), {0, std::max(rows, h.bounds.back()), 0});
+    h.hosts.assign(size_t(ranks), host_of_all(std::max(rows, h.bounds.back())));
     return h;
   }
 };

@@ -72,6 +72,9 @@ std::string memory_report(const PlanSummary& ours, const PlanSummary& other, con
     if (ours.layers[l].part != "moe") continue;
     if (const ExpertRanks ranks = run.expert_ranks(config); ranks.ranks > 1) {
       const ExpertRows rows = expert_rows(ranks, run.row_headroom);
+      if (ranks.extra_slots)
+        add("a rank has slots for %lld experts: its share, %lld more to place experts in, and %lld for shadows\n",
+            (long long)ranks.slots(), (long long)run.extra_slots, (long long)run.shadow_slots);
       add("a rank's experts have memory for %lld rows (%g times its share of %lld); a step with more takes up to %lld "
           "passes\n",
           (long long)rows.a_pass, run.row_headroom, (long long)ranks.share(), (long long)rows.passes());

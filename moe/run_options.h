@@ -27,6 +27,9 @@ struct RunOptions {
   bool record_routing = false, replay_routing = false;
   Transport transport = Transport::exchange;
   double row_headroom = 1.5;  // rows that a rank's experts have memory for, over the mean (--ep, --etp)
+  // Slots of a rank over its share of the experts; of these (the last ones) those that are filled within a step only.
+  int64_t extra_slots = 0, shadow_slots = 0;
+  std::vector<std::vector<int32_t>> places;  // of the experts (expert_slots.h), by layer; empty: in order
   AdamWConfig adamw;
   UpdateRules rules;
   Parallel parallel;  // B, T and micro_steps are of this rank
@@ -35,7 +38,14 @@ struct RunOptions {
   ExpertRanks expert_ranks(const ModelConfig& c) const {
     const Layout& layout = parallel.layout;
     const Place& here = parallel.here;
-    return {layout.ep * layout.etp, here.ep * layout.etp + here.etp, tokens(), c.top_k, c.n_expert, layout.etp};
+    return {layout.ep * layout.etp,    here.ep * layout.etp + here.etp, tokens(), c.top_k, c.n_expert, layout.etp,
+            extra_slots + shadow_slots};
+  }
+  ExpertSlots expert_slots(const ModelConfig& c, int64_t layer) const {
+    const ExpertRanks r = expert_ranks(c);
+    ExpertSlots s = experts_in_order(r.E, r.ranks / r.parts, r.ranks, r.slots());
+    if (!places.empty()) s.place = places[layer];
+    return s;
   }
   Recompute policy(int64_t layer) const { return recompute.empty() ? Recompute::act : recompute[layer]; }
 };
@@ -48,6 +58,6 @@ struct ExpertRows {
 };
 inline ExpertRows expert_rows(const ExpertRanks& r, double headroom) {
   if (r.ranks == 1) return {r.share(), r.share()};
-  const int64_t most = r.M() * std::min(r.K, r.experts());
+  const int64_t most = r.M() * std::min(r.K, r.slots());
   return {std::min(most, std::max<int64_t>(64, (int64_t(headroom * double(r.share())) + 63) / 64 * 64)), most};
 }

@@ -19,6 +19,22 @@ inline bool graphs_possible(const Options& o, Transport t) {
   return !o.no_graphs && (o.layout.ep * o.layout.etp == 1 || t == Transport::pull);
 }
 
+// --placement.
+inline void place_experts(const Options& o, RunOptions& run) {
+  const ExpertRanks ranks = run.expert_ranks(o.model);
+  int64_t with_experts = 0;
+  for (int64_t l = 0; l < o.model.n_layer; ++l) with_experts += !o.model.is_dense(l);
+  auto places = read_places(o.placement, with_experts, ranks.E * ranks.ranks);
+  auto next = places.begin();
+  run.places.resize(o.model.n_layer);
+  for (int64_t l = 0; l < o.model.n_layer; ++l) {
+    if (o.model.is_dense(l)) continue;
+    run.places[l] = std::move(*next++);
+    run.expert_slots(o.model, l)
+        .validate("--placement " + o.placement + ": layer " + std::to_string(l), ranks.slots() - run.shadow_slots);
+  }
+}
+
 // The plan's options out of the user's.
 inline RunOptions run_options(const Options& o) {
   RunOptions r;
@@ -34,6 +50,8 @@ inline RunOptions run_options(const Options& o) {
   r.adamw = o.adamw, r.rules = o.rules;
   r.row_headroom = o.row_headroom;
   r.parallel.layout = o.layout, r.parallel.here = place(o.layout, 0);
+  r.extra_slots = o.extra_slots, r.shadow_slots = o.shadow_slots;
+  if (!o.placement.empty()) place_experts(o, r);
   for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
     if (o.recompute == name_of(p)) r.recompute.assign(o.model.n_layer, p);
   return r;
@@ -178,13 +196,13 @@ void print_policies(Device& dev, const Options& o, const RunOptions& run) {
 }
 
 // For a job that is only planned: its policies, and the first rank of the stage that needs most memory (of a tensor that
-// two stages share another rank may be home to 64 rows more).
+// two stages share another rank may be home to 64 rows more); where experts are placed, whichever rank does.
 template <class Device>
 void choose_stage(Device& dev, const Options& o, RunOptions& run) {
   size_t most = 0;
   Place fullest;
-  for (int stage = 0; stage < o.layout.pp; ++stage) {
-    run.parallel.here = place(o.layout, stage * o.layout.stage_ranks());
+  for (int rank = 0; rank < o.layout.world(); rank += o.placement.empty() ? o.layout.stage_ranks() : 1) {
+    run.parallel.here = place(o.layout, rank);
     choose_policies(dev, o, run);
     const size_t bytes = bytes_of(dev, o.model, run);
     if (bytes > most) most = bytes, fullest = run.parallel.here;

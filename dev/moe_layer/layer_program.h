@@ -107,6 +107,7 @@ struct LayerProgram {
         {1, 0, router.N, router.K, router.E},
         {},
         {},
+        {},
         {}};
     saved = {};
     bool keep = id == forward_backward;

@@ -6,6 +6,7 @@
 #include "moe/expert_pull.h"
 
 #include "dev/test/op_test.h"
+#include "dev/test/places.h"
 #include "moe/combine.h"
 
 namespace {
@@ -16,9 +17,20 @@ struct Case {
   int64_t N, K, E;
   std::vector<int32_t> choices;  // (M,K); -1: none
   int parts;                     // of an expert
-  int64_t experts() const { return E / (ranks / parts); }
+  ExpertSlots table;
+  int32_t place(int64_t slot) const {  // of a choice
+    return choices[slot] < 0 ? -1 : table.place[choices[slot] * ranks + slot / K / N];
+  }
+  bool goes(int64_t slot, int rank) const { return choices[slot] >= 0 && place(slot) / table.slots == rank / parts; }
+  std::vector<int32_t> places() const {
+    std::vector<int32_t> all(choices.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = place(int64_t(i));
+    return all;
+  }
 };
-ExpertRanks of_rank(const Case& c, int rank) { return {c.ranks, rank, c.N, c.K, c.E, c.parts}; }
+ExpertRanks of_rank(const Case& c, int rank) {
+  return {c.ranks, rank, c.N, c.K, c.E, c.parts, c.table.slots - c.E / c.table.hosts};
+}
 
 std::vector<Case> cases() {
   std::vector<Case> all;
@@ -31,9 +43,15 @@ std::vector<Case> cases() {
                                    std::to_string(N) + " K " + std::to_string(K) + " E " + std::to_string(E);
           const int64_t slots = ranks * N * K;
           auto add = [&](const std::string& name, auto choice) {
-            Case c{size + ", " + name, ranks, N, K, E, {}, parts};
+            const int hosts = ranks / parts;
+            Case c{size + ", " + name, ranks, N, K, E, {}, parts, experts_in_order(E, hosts, ranks, experts)};
             for (int64_t slot = 0; slot < slots; ++slot) c.choices.push_back(int32_t(choice(slot)));
             all.push_back(c);
+            if (N == 9) {  // the same choices, and experts anywhere
+              c.name += ", placed",
+                  c.table = random_places(all.size(), E, hosts, ranks, experts + int64_t(all.size() % 3));
+              all.push_back(c);
+            }
           };
           auto random = random_ints(size, slots, E), drop = random_ints(size + " drop", slots, 4);
           add("random", [&](int64_t s) { return random[s]; });
@@ -52,7 +70,8 @@ std::vector<Case> cases() {
 template <class Real>
 struct Rank {
   using Acc = typename Cpu<Real>::Acc;
-  std::vector<int32_t> destination, plan_counts, offsets, row_slot, slot_row, index, position, counts;
+  std::vector<int32_t> places, own_places, destination, plan_counts, offsets, row_slot, slot_row, index, position,
+      counts;
   std::vector<int32_t> source, place;  // of those who fetch
   std::vector<Acc> gates;
   DeviceStatus status;
@@ -64,12 +83,16 @@ struct Rank {
     row_slot.assign(M * n, -77), slot_row.assign(M * n, -77), index.assign(M * c.K, -77);
     position.assign(c.N * n, -77), counts.assign(n * n, -77), gates = poisoned<Acc>(M * c.K);
     Cpu<Real> dev{.status = &status};
-    expert_destinations(dev, destination.data(), c.choices.data(), r);
+    places = c.choices, own_places.assign(c.N * c.K, -77);
+    expert_places(dev, places.data(), places.data(), c.table.place.data(), 0, M, r);
+    expert_places(dev, own_places.data(), c.choices.data() + rank * c.N * c.K, c.table.place.data(), rank * c.N, c.N,
+                  r);
+    expert_destinations(dev, destination.data(), places.data(), r);
     Scratch scratch(dispatch_scratch_bytes<Cpu<Real>>(M, n, n));
     dispatch_plan(dev, {plan_counts.data(), offsets.data(), row_slot.data(), slot_row.data()}, scratch,
                   destination.data(), M, n, n, 0);
-    expert_arrivals(dev, index.data(), gates.data(), offsets.data(), row_slot.data(), c.choices.data(),
-                    all_gates.data(), r);
+    expert_arrivals(dev, index.data(), gates.data(), offsets.data(), row_slot.data(), places.data(), all_gates.data(),
+                    r);
     expert_positions(dev, position.data(), counts.data(), offsets.data(), row_slot.data(), slot_row.data(), r);
     source.assign(M + 1, -77), place.assign(c.N * n, -77);
     expert_pull_plan(dev, source.data(), place.data(), offsets.data(), row_slot.data(), slot_row.data(), r);
@@ -92,9 +115,11 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 std::vector<int64_t> tokens_for(const Case& c, int d) {
   std::vector<int64_t> tokens;
   for (int64_t t = 0; t < c.ranks * c.N; ++t)
-    if (std::any_of(&c.choices[t * c.K], &c.choices[t * c.K] + c.K,
-                    [&](int32_t e) { return e >= 0 && e / c.experts() == d / c.parts; }))
-      tokens.push_back(t);
+    for (int64_t k = 0; k < c.K; ++k)
+      if (c.goes(t * c.K + k, d)) {
+        tokens.push_back(t);
+        break;
+      }
   return tokens;
 }
 
@@ -125,11 +150,13 @@ TYPED_TEST(ExpertParallel, EveryTokenGoesOnceToEachRankOfItsExperts) {
   using Acc = typename Cpu<Real>::Acc;
   for (const Case& c : cases()) {
     SCOPED_TRACE(c.name);
-    const int64_t M = c.ranks * c.N, experts = c.experts();
+    const int64_t M = c.ranks * c.N;
     auto all_gates = random_tensor<Acc>("gates", M * c.K);
     for (int rank = 0; rank < c.ranks; ++rank) {
       Rank<Real> r(c, rank, all_gates);
       EXPECT_EQ(r.status.code, DeviceStatus::ok);
+      EXPECT_EQ(r.places, c.places());
+      EXPECT_TRUE(std::equal(r.own_places.begin(), r.own_places.end(), r.places.begin() + rank * c.N * c.K));
       int64_t sent = 0;
       for (int d = 0; d < c.ranks; ++d) {
         const std::vector<int64_t> tokens = tokens_for(c, d);
@@ -153,8 +180,8 @@ TYPED_TEST(ExpertParallel, EveryTokenGoesOnceToEachRankOfItsExperts) {
       for (int64_t i = 0; i < M; ++i)
         for (int64_t k = 0; k < c.K; ++k) {
           const int64_t slot = i < int64_t(arrived.size()) ? arrived[i] * c.K + k : -1;
-          const bool here = slot >= 0 && c.choices[slot] >= 0 && c.choices[slot] / experts == rank / c.parts;
-          EXPECT_EQ(r.index[i * c.K + k], here ? c.choices[slot] - rank / c.parts * experts : -1);
+          const bool here = slot >= 0 && c.goes(slot, rank);
+          EXPECT_EQ(r.index[i * c.K + k], here ? c.place(slot) % c.table.slots : -1);
           EXPECT_EQ(r.gates[i * c.K + k], here ? all_gates[slot] : Acc(0));
         }
     }
@@ -169,7 +196,7 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
   for (const Case& c : cases()) {
     if (c.N == 40 && c.K > 2) continue;
     SCOPED_TRACE(c.name);
-    const int64_t M = c.ranks * c.N, experts = c.experts();
+    const int64_t M = c.ranks * c.N, experts = c.table.slots;
     auto x = random_tensor<Real>("x", M * C), residual = random_tensor<Real>("residual", M * C);
     auto all_gates = random_tensor<Acc>("gates", M * c.K, 0.3, 0.5);
     Cpu<Real> dev;
@@ -198,10 +225,13 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
                     ranks[d].index.data(), M, c.K, experts, 0);
       EXPECT_EQ(status.code, DeviceStatus::ok);
       auto y = poisoned<Real>(M * c.K * C);
-      for (int64_t e = 0; e < experts; ++e)
-        for (int64_t row = offsets[e]; row < offsets[e + 1]; ++row)
+      std::vector<int64_t> expert_in(experts, -1);
+      for (int64_t i = 0; i < c.E * c.ranks; ++i)
+        if (c.table.place[i] / experts == d / c.parts) expert_in[c.table.place[i] % experts] = i / c.ranks;
+      for (int64_t slot = 0; slot < experts; ++slot)
+        for (int64_t row = offsets[slot]; row < offsets[slot + 1]; ++row)
           for (int64_t i = 0; i < C; ++i)
-            y[row * C + i] = from_double<Real>(double(d / c.parts * experts + e + 1) / c.parts *
+            y[row * C + i] = from_double<Real>(double(expert_in[slot] + 1) / c.parts *
                                                as_double(arrived[d][row_slot[row] / c.K * C + i]));
       combine(dev, partial[d].data(), y.data(), static_cast<const Real*>(nullptr), ranks[d].gates.data(),
               slot_row.data(), M, c.K, C);
@@ -225,7 +255,7 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
               ranks[r].position.data(), c.N, c.ranks, C);
       auto own = poisoned<Acc>(c.N * c.K);
       expert_gate_gradients(dev, own.data(), returned_dgates[r].data(), ranks[r].position.data(),
-                            c.choices.data() + r * c.N * c.K, of_rank(c, r));
+                            ranks[r].own_places.data(), of_rank(c, r));
       std::vector<double> expected(size_t(c.N * C));
       for (int64_t t = 0; t < c.N; ++t) {
         const int64_t at = r * c.N + t;
@@ -246,7 +276,7 @@ TYPED_TEST(ExpertParallel, ThereAndBackIsTheSumOverTheExperts) {
       EXPECT_TRUE(same_bits(fetched, out));
       auto fetched_dgates = poisoned<Acc>(c.N * c.K);
       expert_pull_gate_gradients(dev, fetched_dgates.data(), peers(dgates), ranks[r].place.data(),
-                                 c.choices.data() + r * c.N * c.K, of_rank(c, r));
+                                 ranks[r].own_places.data(), of_rank(c, r));
       EXPECT_TRUE(same_bits(fetched_dgates, own));
     }
   }

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "dev/test/gpu_test.h"
+#include "dev/test/places.h"
 #include "llmc/homes.h"
 #include "moe/expert_parallel.h"
 
@@ -42,16 +43,24 @@ struct Case {
   Routing routing;  // of all tokens of the group
   int ranks;
   int64_t C;
-  int parts = 1;  // of an expert
+  int parts = 1;      // of an expert
+  int64_t extra = 0;  // slots of a rank; not 0: experts are anywhere
+  ExpertSlots table() const {
+    const int hosts = ranks / parts;
+    const int64_t E = routing.E, slots = E / hosts + extra;
+    return extra ? random_places(uint64_t(E), E, hosts, ranks, slots) : experts_in_order(E, hosts, ranks, slots);
+  }
 };
 std::vector<int64_t> sent_by(const Case& c, int rank) {  // rows to each rank
-  const int64_t N = c.routing.N / c.ranks, K = c.routing.K, experts = c.routing.E / (c.ranks / c.parts);
+  const int64_t N = c.routing.N / c.ranks, K = c.routing.K;
+  const ExpertSlots table = c.table();
   std::vector<int64_t> n(size_t(c.ranks), 0);
   for (int64_t t = rank * N; t < (rank + 1) * N; ++t)
     for (int d = 0; d < c.ranks; ++d) {
       bool goes = false;
       for (int64_t k = 0; k < K; ++k)
-        goes |= c.routing.index[t * K + k] >= 0 && c.routing.index[t * K + k] / experts == d / c.parts;
+        if (const int32_t e = c.routing.index[t * K + k]; e >= 0)
+          goes |= table.place[e * c.ranks + rank] / table.slots == d / c.parts;
       n[d] += goes;
     }
   return n;
@@ -67,20 +76,22 @@ void check_exchange(const Case& c) {
                  std::to_string(c.routing.E) + " C " + std::to_string(c.C));
     const std::vector<int64_t> sent = sent_by(c, rank);
     const int64_t rows = std::accumulate(sent.begin(), sent.end(), int64_t(0));
-    const ExpertRanks r{c.ranks, rank, N, K, c.routing.E, c.parts};
+    const ExpertRanks r{c.ranks, rank, N, K, c.routing.E, c.parts, c.extra};
+    const std::vector<int32_t> table_values = c.table().place;
     expect_calibrated<Real>([&]<class D>(Buffers<D>& b) {
-      auto* choices = b.upload(c.routing.index);
-      const int32_t* own = b.upload(
-          std::vector<int32_t>(c.routing.index.begin() + rank * N * K, c.routing.index.begin() + (rank + 1) * N * K));
+      const int32_t *choices = b.upload(c.routing.index), *table = b.upload(table_values);
+      auto *places = b.out_int("places", M * K), *own = b.out_int("own places", N * K);
+      expert_places(b.dev, places, choices, table, 0, M, r);
+      expert_places(b.dev, own, choices + rank * N * K, table, rank * N, N, r);
       auto* destination = b.out_int("destination", M * n);
-      expert_destinations(b.dev, destination, choices, r);
+      expert_destinations(b.dev, destination, places, r);
       auto *counts = b.out_int("counts", n), *offsets = b.out_int("offsets", n + 1),
            *row_slot = b.out_int("row_slot", M * n), *slot_row = b.out_int("slot_row", M * n);
       dispatch_plan(b.dev, {counts, offsets, row_slot, slot_row}, b.scratch(dispatch_scratch_bytes<D>(M, n, n)),
                     destination, M, n, n, 0);
       auto* arrived_gates = b.out_acc("arrived gates", M * K);
       b.watch("bits of the gates", Output::exact, arrived_gates, M * K);
-      expert_arrivals(b.dev, b.out_int("arrived choices", M * K), arrived_gates, offsets, row_slot, choices,
+      expert_arrivals(b.dev, b.out_int("arrived choices", M * K), arrived_gates, offsets, row_slot, places,
                       b.acc(gates), r);
       auto* position = b.out_int("position", N * n);
       expert_positions(b.dev, position, b.out_int("exchange counts", n * n), offsets, row_slot, slot_row, r);
@@ -107,6 +118,8 @@ TYPED_TEST(GpuParallel, ExchangeSmall) {
                         {round_robin(64, 2, 8), 8, 33},
                         {elsewhere(random_routing(40, 3, 6)), 4, 16, 2},
                         {random_routing(40, 2, 3), 4, 16, 4},
+                        {elsewhere(random_routing(40, 3, 8)), 4, 16, 1, 1},
+                        {random_routing(40, 2, 6), 4, 16, 2, 3},
                         {elsewhere(random_routing(64, 4, 64)), 4, 64}})
     check_exchange<TypeParam>(c);
 }
@@ -114,6 +127,7 @@ TYPED_TEST(GpuParallel, Exchange) {
   for (const Case& c : {Case{random_routing(8000, 8, 128), 8, 256},
                         {elsewhere(random_routing(3000, 4, 60)), 4, 133},
                         {random_routing(8000, 8, 64), 8, 256, 2},
+                        {random_routing(8000, 8, 128), 8, 256, 1, 4},
                         {same_for_all(2000, 8, 128, 120), 4, 1024}})
     check_exchange<TypeParam>(c);
 }

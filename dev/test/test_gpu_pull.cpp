@@ -32,13 +32,13 @@ void check_kernels(const Routing& routing, int ranks, int64_t C) {
     int64_t arriving = 0;
     for (int64_t t = 0; t < M; ++t)
       arriving += std::any_of(&routing.index[t * K], &routing.index[t * K] + K,
-                              [&](int e) { return e >= 0 && e / r.experts() == rank; });
+                              [&](int e) { return e >= 0 && e / r.slots() == rank; });
     expect_calibrated<Real>([&]<class D>(Buffers<D>& b) {
       using T = typename D::Real;
       using Acc = typename D::Acc;
       auto* choices = b.upload(routing.index);
       auto* destination = b.out_int("destination", M * ranks);
-      expert_destinations(b.dev, destination, choices, r);
+      expert_destinations(b.dev, destination, choices, r);  // in order, an expert's number is its place
       auto *counts = b.out_int("counts", ranks), *offsets = b.out_int("offsets", ranks + 1),
            *row_slot = b.out_int("row_slot", M * ranks), *slot_row = b.out_int("slot_row", M * ranks);
       dispatch_plan(b.dev, {counts, offsets, row_slot, slot_row}, b.scratch(dispatch_scratch_bytes<D>(M, ranks, ranks)),
@@ -131,7 +131,7 @@ struct Inputs {
       const int64_t anywhere = int64_t(bits % uint64_t(r.E));
       choices.push_back(int32_t(batch % 5 == 1   ? 0                                 // all to one rank
                                 : batch % 5 == 2 ? (bits >> 40) % 3 ? -1 : anywhere  // many tokens nowhere
-                                : batch % 5 == 3 ? i / r.K / r.N * r.experts()       // each to its own rank
+                                : batch % 5 == 3 ? i / r.K / r.N * r.slots()         // each to its own rank
                                                  : anywhere));
     }
     for (int p = 0; p < r.ranks; ++p) {

@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
 #include <set>
 
 #include "dev/test/op_test.h"
+#include "dev/test/places.h"
 #include "moe/parallel.h"
 
 namespace {
@@ -53,6 +55,7 @@ using EveryRank = std::vector<Homes>;
 struct Pattern {
   std::string name;
   EveryRank homes;
+  bool together = true;  // every host has its rows in order, with no others between them
 };
 std::vector<Pattern> patterns() {
   std::vector<Pattern> all;
@@ -63,9 +66,9 @@ std::vector<Pattern> patterns() {
     std::string name = "dp " + std::to_string(layout.dp) + " tp " + std::to_string(layout.tp) + " pp " +
                        std::to_string(layout.pp) + " ep " + std::to_string(layout.ep) + " etp " +
                        std::to_string(layout.etp);
-    auto add = [&](const std::string& kind, auto make) {
+    auto add = [&](const std::string& kind, auto make, bool together = true) {
       for (int pp = 0; pp < layout.pp; ++pp) {
-        Pattern p{name + ", " + kind, {}};
+        Pattern p{name + ", " + kind, {}, together};
         for (int r = 0; r < layout.stage_ranks(); ++r) {
           Parallel parallel;
           parallel.layout = layout, parallel.here = place(layout, pp * layout.stage_ranks() + r);
@@ -76,7 +79,16 @@ std::vector<Pattern> patterns() {
     };
     for (int64_t rows : {1, 40, 200, 1000}) add("all", [&](const Parallel& p) { return p.replicated({rows, 70}, 64); });
     const int64_t E = layout.ep * 4;
-    for (int64_t rows : {16, 64, 150}) add("experts", [&](const Parallel& p) { return p.experts(E, rows, 64); });
+    const int sources = layout.ep * layout.etp;
+    for (int64_t rows : {16, 64, 150}) {
+      const ExpertSlots in_order = experts_in_order(E, layout.ep, sources, 4);
+      add("experts", [&](const Parallel& p) { return p.experts(in_order, rows, 64); });
+      for (uint64_t seed = 0; seed < 6; ++seed) {
+        const ExpertSlots anywhere = random_places(seed, E, layout.ep, sources, 4 + int64_t(seed) / 2);
+        add(
+            "experts anywhere", [&](const Parallel& p) { return p.experts(anywhere, rows, 64); }, false);
+      }
+    }
     for (int tp = 0; tp < layout.tp; ++tp) {
       Pattern p{name + ", ends", {}};
       for (int rank : members(layout, Group::ends, tp)) {
@@ -92,6 +104,17 @@ std::vector<Pattern> patterns() {
   return all;
 }
 
+// The row of the space that each row of a host's buffer is; -1: none.
+std::vector<int64_t> rows_of(const Homes::Host& host) {
+  std::vector<int64_t> row(size_t(host.rows), -1);
+  for (const Homes::Run& run : host.runs)
+    for (int64_t i = 0; i < run.rows; ++i) {
+      EXPECT_EQ(row.at(size_t(run.at + i)), -1);
+      row[size_t(run.at + i)] = run.row + i;
+    }
+  return row;
+}
+
 TEST(Homes, EveryRowHasOneHomeAndEveryHostsRowsGoThere) {
   for (const Pattern& p : patterns()) {
     SCOPED_TRACE(p.name);
@@ -104,7 +127,7 @@ TEST(Homes, EveryRowHasOneHomeAndEveryHostsRowsGoThere) {
       std::vector<int> home(size_t(h.mine().rows), -1);  // of each row of this rank's memory
       int last = -1;
       for (const Share& s : h.to_homes()) {
-        EXPECT_GT(s.rank, last) << "not in the order of the ranks";
+        EXPECT_GE(s.rank, last) << "not in the order of the ranks";
         last = s.rank;
         ASSERT_TRUE(s.row >= 0 && s.rows > 0 && s.row + s.rows <= h.mine().rows);
         for (int64_t row = s.row; row < s.row + s.rows; ++row) {
@@ -112,11 +135,11 @@ TEST(Homes, EveryRowHasOneHomeAndEveryHostsRowsGoThere) {
           home[row] = s.rank;
         }
       }
+      const std::vector<int64_t> in_space = rows_of(h.mine());
       for (int64_t row = 0; row < h.mine().rows; ++row) {
-        int64_t in_space = h.mine().row + row;
         int expected = -1;
         for (int owner = 0; owner < ranks; ++owner)
-          if (h.bounds[owner] <= in_space && in_space < h.bounds[owner + 1]) expected = owner;
+          if (h.bounds[owner] <= in_space[row] && in_space[row] < h.bounds[owner + 1]) expected = owner;
         EXPECT_EQ(home[row], expected) << row;
       }
     }
@@ -132,35 +155,55 @@ TEST(Homes, ToHomesAndFromHostsAreInverse) {
       const Homes& at = p.homes[home];
       const int64_t home_rows = at.home_end() - at.home_begin();
       std::vector<std::set<int>> computed_by(size_t(at.slabs * home_rows));
+      std::map<int64_t, int64_t> summed;  // what is added up at once: its first row of home memory, and how many
       int last = -1;
+      size_t nth = 0;  // share of its rank
       for (const Share& in : at.from_hosts()) {
-        EXPECT_GT(in.rank, last);
+        EXPECT_GE(in.rank, last);
+        nth = in.rank == last ? nth + 1 : 0;
         last = in.rank;
         const Homes& from = p.homes[in.rank];
-        std::vector<Share> out;
+        std::vector<Share> shares;
         for (const Share& s : from.to_homes())
-          if (s.rank == home) out.push_back(s);
-        ASSERT_EQ(out.size(), 1u);
-        EXPECT_EQ(out[0].rows, in.rows);
+          if (s.rank == home) shares.push_back(s);
+        ASSERT_LT(nth, shares.size());
+        const Share& out = shares[nth];
+        EXPECT_EQ(out.rows, in.rows);
+        EXPECT_EQ(summed.try_emplace(in.row, in.rows).first->second, in.rows);
+        if (in.rank == home) { EXPECT_EQ(at.row_of(in), out.row); }
         ASSERT_TRUE(in.row >= 0 && in.row + in.rows <= at.slabs * home_rows);
         const int64_t slab = from.mine().slab;
         EXPECT_EQ(in.row / home_rows, slab);
-        EXPECT_EQ(from.mine().row + out[0].row, at.home_begin() + in.row - slab * home_rows);
+        const std::vector<int64_t> in_space = rows_of(from.mine());
+        for (int64_t i = 0; i < in.rows; ++i)
+          EXPECT_EQ(in_space[size_t(out.row + i)], at.home_begin() + in.row - slab * home_rows + i);
         for (int64_t row = in.row; row < in.row + in.rows; ++row) computed_by[size_t(row)].insert(in.rank);
       }
       for (int sender = 0; sender < ranks; ++sender) {
-        auto is_here = [&](const std::vector<Share>& shares, int rank) {
-          return std::ranges::any_of(shares, [&](const Share& s) { return s.rank == rank; });
+        auto of = [&](const std::vector<Share>& shares, int rank) {
+          return std::ranges::count_if(shares, [&](const Share& s) { return s.rank == rank; });
         };
-        EXPECT_EQ(is_here(p.homes[sender].to_homes(), home), is_here(at.from_hosts(), sender));
+        EXPECT_EQ(of(p.homes[sender].to_homes(), home), of(at.from_hosts(), sender));
       }
       bool own = true, alone = true;
       for (const std::set<int>& who : computed_by) {
         EXPECT_FALSE(who.empty()) << "a row that nobody computes with";
         own = own && who.contains(home), alone = alone && who == std::set<int>{home};
       }
-      EXPECT_EQ(at.home_is_mine(), own && (at.slabs == 1 || home_rows == 0));
-      EXPECT_EQ(at.gradient_is_mine(), alone && (at.slabs == 1 || home_rows == 0));
+      int64_t end = 0;  // no row is in two of these sums
+      for (auto [row, n] : summed) {
+        EXPECT_GE(row, end);
+        end = row + n;
+      }
+      bool together = at.slabs == 1;
+      if (at.home_is_mine() && home_rows) {
+        const std::vector<int64_t> in_space = rows_of(at.mine());
+        for (int64_t i = 0; i < home_rows; ++i) EXPECT_EQ(in_space.at(size_t(at.home_at() + i)), at.home_begin() + i);
+      } else if (!p.together) {
+        together = false;
+      }
+      EXPECT_EQ(at.home_is_mine(), own && (together || home_rows == 0));
+      EXPECT_EQ(at.gradient_is_mine(), alone && (together || home_rows == 0));
     }
   }
 }

@@ -80,7 +80,7 @@ struct Transports {
         values[i] = Real(float(random_uniform(2, uint64_t(r.rank), uint64_t(i))) - 0.5f);
       dev.to_device(to, values.data(), values.size() * sizeof(Real));
     }
-    expert_destinations(dev, destination, choices, r);
+    expert_destinations(dev, destination, choices, r);  // in order, an expert's number is its place
     dispatch_plan(dev, {sent, offsets, row_slot, slot_row}, scratch, destination, M, n, n, 0);
     expert_pull_plan(dev, source, place, offsets, row_slot, slot_row, r);
     expert_positions(dev, position, counts, offsets, row_slot, slot_row, r);
