@@ -228,7 +228,7 @@ class Trainer {
     if (!model_.stage.alone()) run_pipeline(model_, begin, guarded);
     for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i) {
       begin(i);
-      guarded([&] { model_.micro_step(); });
+      guarded([&] { model_.micro_step(i + 1 == o_.micro_steps()); });
       routing(all + micro(i), false, 0);
     }
     model_.update();

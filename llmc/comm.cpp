@@ -405,6 +405,7 @@ int Comm::rank() const { return group_->rank; }
 int Comm::size() const { return group_->size(); }
 const std::vector<int>& Comm::ranks() const { return group_->ranks; }
 
+void Comm::together(const std::function<void()>& f) const { group_->together(f); }
 Begun Comm::all_reduce(void* data, int64_t n, DType type, const char* name, bool aside) const {
   const std::string what = operation("all_reduce", name);
   if (n < 0) fail(what, ": ", n, " elements");

@@ -56,7 +56,7 @@ struct Job {
                                     std::vector<Piece> receives, const std::string& what);
   void wait(Link::Batch& batch, const std::vector<int>& ranks, const std::string& what);
   bool gone(int rank) const;
-  bool ended(int rank) const;  // a process of this host that is no more; for any thread
+  bool ended(int rank) const;          // a process of this host that is no more; for any thread
   void note(const std::string& what);  // the last operation
   void print(const std::string& line) const;
   [[noreturn]] void abort(const std::string& line);
@@ -88,6 +88,7 @@ struct Comm::Group {
   virtual ~Group() = default;
   int size() const { return int(ranks.size()); }
   virtual void copy(void* to, const void* from, int64_t bytes) = 0;
+  virtual void together(const std::function<void()>& f) { f(); }
   virtual Begun all_reduce(void* data, int64_t n, DType type, const std::string& what, bool aside) = 0;
   virtual Begun reduce_scatter(void* out, const void* in, int64_t n, DType type, const std::string& what,
                                bool aside) = 0;

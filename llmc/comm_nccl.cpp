@@ -53,7 +53,9 @@ class NcclGroup : public GpuAlone {
     if (!job.watcher.joinable()) job.watcher = std::thread([&job] { job.watch(); });
     World::Watch watch(job, operation("opening", name) + " (" + list(ranks) + ")");
     CHECK(ncclCommInitRank(&comm_, size(), ids[0], rank));
-    CHECK(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking));
+    int least = 0, greatest = 0;  // what goes on aside needs few processors, but soon: kernels that fill the GPU follow
+    CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CHECK(cudaStreamCreateWithPriority(&aside_, cudaStreamNonBlocking, greatest));
     first_use();
     std::lock_guard lock(job.mutex);
     job.checks[this] = [this] {
@@ -74,6 +76,11 @@ class NcclGroup : public GpuAlone {
     cudaStreamDestroy(aside_);
   }
 
+  void together(const std::function<void()>& f) override {
+    CHECK(ncclGroupStart());
+    f();
+    CHECK(ncclGroupEnd());
+  }
   Begun all_reduce(void* data, int64_t n, DType type, const std::string& what, bool aside) override {
     return queue(what, aside, [&](cudaStream_t s) {
       CHECK(ncclAllReduce(data, data, size_t(n), nccl_type(type), ncclSum, comm_, s));

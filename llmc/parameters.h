@@ -177,10 +177,14 @@ class ParameterTable {
     });
     return views;
   }
-  int64_t n_views() const {
-    int64_t n = 0;
-    each_home([&](auto&&...) { ++n; });
-    return n;
+  int64_t n_views() const { return views_of(0, int(buffers_.size())).second; }
+  // Of the buffers [first, last), where no tensor's turn comes among those of other buffers: how many views are before
+  // theirs, and how many theirs are.
+  std::pair<int64_t, int64_t> views_of(int first, int last) const {
+    int64_t before = 0, n = 0;
+    each_home(
+        [&](const Parameter& p, auto&&...) { before += p.buffer < first, n += first <= p.buffer && p.buffer < last; });
+    return {before, n};
   }
 
  private:

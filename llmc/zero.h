@@ -5,37 +5,46 @@
 #include <map>
 #include <set>
 
+#include "llmc/adamw.h"
 #include "llmc/comm.h"
 #include "llmc/parameters.h"
 
+// Buffers of a table whose gradients are exchanged together, and whose weights are.
 template <class Device>
-class UpdateTraffic {
+class UpdateBucket {
  public:
   using Real = typename Device::Real;
   using Acc = typename Device::Acc;
   using Table = ParameterTable<Device>;
   using Buffer = typename Table::Buffer;
 
-  // Buffers [first, last) of the table.
-  UpdateTraffic(const Table& table, int first, int last, const Comm* comms)
-      : table_(&table), first_(first), last_(last), comms_(comms) {}
-
-  // All buffers of a table, cut into consecutive ones whose gradients are exchanged together: what has arrived waits in
-  // memory until it is summed.
-  static std::deque<UpdateTraffic> buckets(const Table& table, const Comm* comms) {
-    constexpr int64_t bucket_elements = int64_t(32) << 20;
+  // All buffers of a table, cut in the order in which backward completes their gradients: second ones, then from the
+  // last buffer to the first. What has arrived waits in memory until it is summed, so buckets are small, but of whole
+  // layers. aside: exchanges go on beside what the device does next.
+  static std::deque<UpdateBucket> all(const Table& table, const Comm* comms, bool aside) {
+    constexpr int64_t enough = int64_t(32) << 20;  // elements
     const auto& buffers = table.buffers();
-    std::deque<UpdateTraffic> all;
-    for (int first = 0, last = 0; first < int(buffers.size()); first = last) {
-      for (int64_t elements = 0; last < int(buffers.size()) && (last == first || elements < bucket_elements); ++last) {
-        const Homes& h = buffers[last].homes;
-        elements +=
-            std::max(h.bounds.back(), buffers[last].rows) * h.slabs * buffers[last].cols;  // on every rank the same
-      }
-      all.emplace_back(table, first, last, comms);
+    std::deque<UpdateBucket> buckets;
+    int64_t elements = 0;
+    for (int i = int(buffers.size()) - 1, above = -2; i >= 0; --i) {
+      const int layer = buffers[i].weight.info->layer;
+      if (layer != above && (elements >= enough || layer < 0 || above < 0))
+        buckets.push_back(UpdateBucket(table, i + 1, comms, aside)), elements = 0;
+      buckets.back().first_ = i, above = layer;
+      const Homes& h = buffers[i].homes;
+      elements += std::max(h.bounds.back(), buffers[i].rows) * h.slabs * buffers[i].cols;  // on every rank the same
     }
-    return all;
+    for (UpdateBucket& b : buckets) {
+      b.views_ = table.views_of(b.first_, b.last_);
+      for (int i = b.first_; i < b.last_; ++i) {
+        b.gradients_.push_back({i, false});
+        if (buffers[i].two_grads) buckets.front().gradients_.push_back({i, true});
+      }
+    }
+    return buckets;
   }
+
+  int first() const { return first_; }  // of its buffers
 
   // What the gradients of other ranks need until they are summed.
   int64_t staging_bytes() const {
@@ -48,7 +57,7 @@ class UpdateTraffic {
   }
 
   // Every host sends its gradients to the homes of their rows.
-  static void exchange_gradients(Device&, const UpdateTraffic* t, char* staging) {
+  static void send_gradients(Device&, UpdateBucket* t, char* staging) {
     t->each_group([&](int group, const Comm& comm) {
       std::vector<Piece> sends, receives;
       char* next = staging;
@@ -64,12 +73,13 @@ class UpdateTraffic {
           next += s.rows * row_bytes;
         }
       });
-      comm.exchange(sends, receives, "gradients");
+      t->exchange(comm, sends, receives, "gradients");
     });
   }
 
-  // Every home adds up what it was sent and its own, in the order of the ranks.
-  static void sum_gradients(Device& dev, const UpdateTraffic* t, const char* staging) {
+  // Every home waits for what it is sent, and adds it and its own up, in the order of the ranks.
+  static void sum_gradients(Device& dev, UpdateBucket* t, const char* staging) {
+    wait(dev, t);
     const char* next = staging;
     t->each_gradient([&](const Buffer& b, const Part& g) {
       const int64_t row_bytes = b.cols * g.width();
@@ -96,8 +106,13 @@ class UpdateTraffic {
     });
   }
 
+  static void step(Device& dev, const UpdateBucket* t, const ParameterView<Device>* views, const StepParams* params,
+                   const StepStats* stats, AdamWConfig config) {
+    adamw(dev, views + t->views_.first, params, stats, t->views_.second, config);
+  }
+
   // Every home sends the new weights of its rows to their hosts.
-  static void return_weights(Device&, const UpdateTraffic* t) {
+  static void return_weights(Device&, UpdateBucket* t) {
     t->each_group([&](int group, const Comm& comm) {
       std::vector<Piece> sends, receives;
       for (int i = t->first_; i < t->last_; ++i) {
@@ -110,11 +125,27 @@ class UpdateTraffic {
         for (const Share& s : b.homes.to_homes())
           if (!skip(s)) receives.emplace_back(s.rank, b.weight.data() + s.row * b.cols, s.rows * b.cols);
       }
-      comm.exchange(sends, receives, "weights");
+      t->exchange(comm, sends, receives, "weights");
     });
   }
 
+  static void wait(Device&, UpdateBucket* t) {
+    for (Begun& begun : t->begun_) begun.wait();
+    t->begun_.clear();
+  }
+
  private:
+  UpdateBucket(const Table& table, int last, const Comm* comms, bool aside)
+      : table_(&table), last_(last), comms_(comms), aside_(aside) {}
+
+  void exchange(const Comm& comm, const std::vector<Piece>& sends, const std::vector<Piece>& receives,
+                const char* name) {
+    if (aside_)
+      begun_.push_back(comm.begin_exchange(sends, receives, name));
+    else
+      comm.exchange(sends, receives, name);
+  }
+
   // One of the gradients of a buffer.
   struct Part {
     const Homes& homes;
@@ -128,22 +159,82 @@ class UpdateTraffic {
   };
   template <class F>
   void each_gradient(F f) const {
-    for (int i = first_; i < last_; ++i) {
+    for (auto [i, second] : gradients_) {
       const Buffer& b = table_->buffer(i);
-      f(b, Part{b.homes, false, b.wide_grad, b.grad, b.sum});
-      if (b.two_grads) f(b, Part{b.homes, true, true, b.second_grad, b.second_sum});
+      f(b, second ? Part{b.homes, true, true, b.second_grad, b.second_sum}
+                  : Part{b.homes, false, b.wide_grad, b.grad, b.sum});
     }
   }
   template <class F>
   void each_group(F f) const {
     std::set<int> seen;
-    for (int i = first_; i < last_; ++i) {
+    auto add = [&](int i) {
       const Homes& h = table_->buffer(i).homes;
       if (h.hosts.size() > 1 && seen.insert(h.group).second) f(h.group, comms_[h.group]);
-    }
+    };
+    for (auto [i, second] : gradients_) add(i);
   }
 
   const Table* table_;
-  int first_, last_;
+  int first_ = 0, last_;                         // buffers
+  std::pair<int64_t, int64_t> views_;            // how many come before theirs, how many theirs are
+  std::vector<std::pair<int, bool>> gradients_;  // buffers; whether it is the second gradient
   const Comm* comms_;
+  bool aside_;
+  std::vector<Begun> begun_;
+};
+
+// The ops of an update of many ranks, in order. Gradients may be exchanged while backward goes on: overlap is for ranks
+// all of whose operations are of one communicator.
+template <class Device>
+class UpdateTraffic {
+ public:
+  using Bucket = UpdateBucket<Device>;
+
+  UpdateTraffic() = default;
+  UpdateTraffic(const ParameterTable<Device>& table, const Comm* comms, bool overlap)
+      : overlap(overlap), buckets_(Bucket::all(table, comms, overlap)) {}
+
+  bool overlap = false;  // exchange() is called in backward, as its gradients are completed
+  bool idle = false;     // the ops of an exchange are not called: more micro-steps will add to the gradients
+
+  // Begins the exchange of gradients that has not begun, of the buffers from `reached` on. The bucket before is summed
+  // first: memory is needed for one at a time.
+  void exchange(Executor<Device>& x, int reached) {
+    for (; next_ < buckets_.size() && buckets_[next_].first() >= reached; ++next_) {
+      if (next_ > 0) sum(x);
+      Bucket& b = buckets_[next_];
+      staging_ = x.template tensor<char>("gradients.staging", {std::max<int64_t>(1, b.staging_bytes())});
+      x.skipping = idle;
+      x.op("exchange gradients", Bucket::send_gradients, &b, staging_);
+      x.skipping = false;
+    }
+  }
+  // Begins the rest, and waits for all.
+  void finish_exchange(Executor<Device>& x) {
+    exchange(x, 0);
+    if (next_ > 0) sum(x);
+    next_ = 0;
+  }
+
+  // New weights of a bucket are on their way while the next one's are made.
+  void step(Executor<Device>& x, Tensor<ParameterView<Device>> views, Tensor<StepParams> params,
+            Tensor<StepStats> stats, AdamWConfig config) {
+    for (Bucket& b : buckets_) {
+      x.op("adamw", Bucket::step, &b, views, params, stats, config);
+      x.op("return weights", Bucket::return_weights, &b);
+    }
+    for (Bucket& b : buckets_) x.op("await weights", Bucket::wait, &b);
+  }
+
+ private:
+  void sum(Executor<Device>& x) {
+    x.skipping = idle;
+    x.op("sum gradients", Bucket::sum_gradients, &buckets_[next_ - 1], staging_);
+    x.skipping = false;
+  }
+
+  std::deque<Bucket> buckets_;
+  size_t next_ = 0;  // bucket to begin
+  Tensor<char> staging_;
 };

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "dev/test/op_test.h"
+#include "llmc/zero.h"
 #include "moe/parallel.h"
 
 namespace {
@@ -193,6 +194,42 @@ TEST(Homes, OfAProcessAlone) {
   ASSERT_EQ(h.to_homes().size(), 1u);
   ASSERT_EQ(h.from_hosts().size(), 1u);
   EXPECT_EQ(h.from_hosts()[0].rows, 37);
+}
+
+// Tied embeddings, four layers and a norm, whose homes are all on this rank, one of two.
+TEST(UpdateBuckets, AreWholeLayersInTheOrderOfBackward) {
+  constexpr int64_t cols = int64_t(1) << 20;
+  Parallel p;
+  p.layout = {2, 1, 1, 1, 1}, p.here = place(p.layout, 0);
+  Plan plan;
+  ParameterTable<Cpu<float>> table;
+  auto add = [&](int layer, int64_t rows, bool tied = false) {
+    plan.set_place(layer, "");
+    Parameter q;
+    q.rows = rows, q.cols = cols;
+    q.buffer = table.add_buffer(plan, "matrix", p.dense({rows}, 64, 0), cols, true, true, tied);
+    table.add(q);
+  };
+  add(-1, 60, true);
+  add(0, 16), add(0, 17);
+  add(1, 8), add(1, 9);
+  add(2, 16), add(2, 1);  // with layer 1 enough, alone not
+  add(3, 40);
+  add(-1, 1);
+  struct Bucket {
+    int first, last;
+    int64_t gradients;  // rows
+  };
+  const std::vector<Bucket> expected = {{8, 9, 1 + 60}, {7, 8, 40}, {3, 7, 34}, {1, 3, 33}, {0, 1, 60}};
+  const auto buckets = UpdateBucket<Cpu<float>>::all(table, nullptr, true);
+  ASSERT_EQ(buckets.size(), expected.size());
+  for (size_t i = 0; i < buckets.size(); ++i) {
+    EXPECT_EQ(buckets[i].first(), expected[i].first);
+    EXPECT_EQ(buckets[i].staging_bytes(), expected[i].gradients * cols * 4);  // of one other rank
+    const auto [before, n] = table.views_of(expected[i].first, expected[i].last);
+    EXPECT_EQ(before, expected[i].first);
+    EXPECT_EQ(n, expected[i].last - expected[i].first);
+  }
 }
 
 template <class Real>
