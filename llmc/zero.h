@@ -20,17 +20,19 @@ class UpdateBucket {
 
   // All buffers of a table, cut in the order in which backward completes their gradients: second ones, then from the
   // last buffer to the first. What has arrived waits in memory until it is summed, so buckets are small, but of whole
-  // layers. aside: exchanges go on beside what the device does next.
+  // parts of layers. aside: exchanges go on beside what the device does next.
   static std::deque<UpdateBucket> all(const Table& table, const Comm* comms, bool aside) {
     constexpr int64_t enough = int64_t(32) << 20;  // elements
     const auto& buffers = table.buffers();
     std::deque<UpdateBucket> buckets;
     int64_t elements = 0;
-    for (int i = int(buffers.size()) - 1, above = -2; i >= 0; --i) {
-      const int layer = buffers[i].weight.info->layer;
-      if (layer != above && (elements >= enough || layer < 0 || above < 0))
+    const TensorInfo* above = nullptr;
+    for (int i = int(buffers.size()) - 1; i >= 0; --i) {
+      const TensorInfo* w = buffers[i].weight.info;
+      const bool edge = above && (w->layer != above->layer || w->part != above->part);
+      if (!above || (edge && (elements >= enough || above->layer < 0)))  // what follows the layers is complete early
         buckets.push_back(UpdateBucket(table, i + 1, comms, aside)), elements = 0;
-      buckets.back().first_ = i, above = layer;
+      buckets.back().first_ = i, above = w;
       const Homes& h = buffers[i].homes;
       elements += std::max(h.bounds.back(), buffers[i].rows) * h.slabs * buffers[i].cols;  // on every rank the same
     }
@@ -198,22 +200,23 @@ class UpdateTraffic {
   bool overlap = false;  // exchange() is called in backward, as its gradients are completed
   bool idle = false;     // the ops of an exchange are not called: more micro-steps will add to the gradients
 
-  // Begins the exchange of gradients that has not begun, of the buffers from `reached` on. The bucket before is summed
-  // first: memory is needed for one at a time.
+  // Sums the gradients whose exchange has begun, so that their memory is free, and begins the exchange of others, in
+  // buckets of the buffers from `reached` on.
   void exchange(Executor<Device>& x, int reached) {
+    x.skipping = idle;
+    for (const auto& [bucket, staging] : std::exchange(begun_, {}))
+      x.op("sum gradients", Bucket::sum_gradients, bucket, staging);
     for (; next_ < buckets_.size() && buckets_[next_].first() >= reached; ++next_) {
-      if (next_ > 0) sum(x);
       Bucket& b = buckets_[next_];
-      staging_ = x.template tensor<char>("gradients.staging", {std::max<int64_t>(1, b.staging_bytes())});
-      x.skipping = idle;
-      x.op("exchange gradients", Bucket::send_gradients, &b, staging_);
-      x.skipping = false;
+      begun_.emplace_back(&b, x.template tensor<char>("gradients.staging", {std::max<int64_t>(1, b.staging_bytes())}));
+      x.op("exchange gradients", Bucket::send_gradients, &b, begun_.back().second);
     }
+    x.skipping = false;
   }
-  // Begins the rest, and waits for all.
+  // The rest, one bucket after another.
   void finish_exchange(Executor<Device>& x) {
+    while (next_ < buckets_.size()) exchange(x, buckets_[next_].first());
     exchange(x, 0);
-    if (next_ > 0) sum(x);
     next_ = 0;
   }
 
@@ -228,13 +231,7 @@ class UpdateTraffic {
   }
 
  private:
-  void sum(Executor<Device>& x) {
-    x.skipping = idle;
-    x.op("sum gradients", Bucket::sum_gradients, &buckets_[next_ - 1], staging_);
-    x.skipping = false;
-  }
-
   std::deque<Bucket> buckets_;
   size_t next_ = 0;  // bucket to begin
-  Tensor<char> staging_;
+  std::vector<std::pair<Bucket*, Tensor<char>>> begun_;
 };

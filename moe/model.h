@@ -478,6 +478,9 @@ class Model {
     norm_backward("norm 2 backward", dres, b.norm2, dx, dres, s.middle, s.rstd2, n);
 
     plan.set_place(l, "attention");
+    // Here, because the next kernels deal out their work as multiprocessors become free; those of experts deal it out
+    // beforehand, and would wait for those that the exchange takes.
+    if (traffic_.overlap) traffic_.exchange(x_, b.norm2);
     auto dout = ranks.gather("all d residual", dres);
     auto d_o = x_.template tensor<Real>("do", {N, heads.q_width()});
     auto scratch = product_scratch(N, heads.q_width(), C);
@@ -584,11 +587,7 @@ class Model {
   void backward_ops(int slot) {
     Pass pass = training_pass(slot);
     auto dres = stage.last() ? head(pass, pass.slot.residual) : stage_gradient_;
-    if (traffic_.overlap) traffic_.exchange(x_, buffers_.norm);
-    for (int l = int(stage.end) - 1; l >= stage.begin; --l) {
-      layer_backward(l, pass, pass.slot.saved[l], dres);
-      if (traffic_.overlap) traffic_.exchange(x_, buffers_.layers[l].norm1);
-    }
+    for (int l = int(stage.end) - 1; l >= stage.begin; --l) layer_backward(l, pass, pass.slot.saved[l], dres);
     plan.set_place(-1, "");
     if (stage.first()) tensor_ranks(pass).embedding_backward(grad(buffers_.embedding), pass.tokens, dres, vocabulary_);
     if (traffic_.overlap) traffic_.finish_exchange(x_);

@@ -197,30 +197,30 @@ TEST(Homes, OfAProcessAlone) {
 }
 
 // Tied embeddings, four layers and a norm, whose homes are all on this rank, one of two.
-TEST(UpdateBuckets, AreWholeLayersInTheOrderOfBackward) {
+TEST(UpdateBuckets, AreWholePartsOfLayersInTheOrderOfBackward) {
   constexpr int64_t cols = int64_t(1) << 20;
   Parallel p;
   p.layout = {2, 1, 1, 1, 1}, p.here = place(p.layout, 0);
   Plan plan;
   ParameterTable<Cpu<float>> table;
-  auto add = [&](int layer, int64_t rows, bool tied = false) {
-    plan.set_place(layer, "");
+  auto add = [&](int layer, const char* part, int64_t rows, bool tied = false) {
+    plan.set_place(layer, part);
     Parameter q;
     q.rows = rows, q.cols = cols;
     q.buffer = table.add_buffer(plan, "matrix", p.dense({rows}, 64, 0), cols, true, true, tied);
     table.add(q);
   };
-  add(-1, 60, true);
-  add(0, 16), add(0, 17);
-  add(1, 8), add(1, 9);
-  add(2, 16), add(2, 1);  // with layer 1 enough, alone not
-  add(3, 40);
-  add(-1, 1);
+  add(-1, "", 60, true);
+  add(0, "attention", 5), add(0, "mlp", 16), add(0, "mlp", 17);
+  add(1, "attention", 8), add(1, "moe", 9);
+  add(2, "attention", 16), add(2, "moe", 1);  // with that of layer 1 enough, alone not
+  add(3, "moe", 40);
+  add(-1, "", 1);
   struct Bucket {
     int first, last;
     int64_t gradients;  // rows
   };
-  const std::vector<Bucket> expected = {{8, 9, 1 + 60}, {7, 8, 40}, {3, 7, 34}, {1, 3, 33}, {0, 1, 60}};
+  const std::vector<Bucket> expected = {{9, 10, 1 + 60}, {8, 9, 40}, {4, 8, 34}, {2, 4, 33}, {0, 2, 65}};
   const auto buckets = UpdateBucket<Cpu<float>>::all(table, nullptr, true);
   ASSERT_EQ(buckets.size(), expected.size());
   for (size_t i = 0; i < buckets.size(); ++i) {
