@@ -220,11 +220,13 @@ class UpdateTraffic {
     next_ = 0;
   }
 
-  // New weights of a bucket are on their way while the next one's are made.
-  void step(Executor<Device>& x, Tensor<ParameterView<Device>> views, Tensor<StepParams> params,
+  // AdamW, and new weights to those who compute with them: where these go on aside, those of a bucket are on their way
+  // while the next one's are made.
+  void step(Executor<Device>& x, Tensor<ParameterView<Device>> views, int64_t n_views, Tensor<StepParams> params,
             Tensor<StepStats> stats, AdamWConfig config) {
+    if (!overlap) x.op("adamw", adamw<Device>, views, params, stats, n_views, config);
     for (Bucket& b : buckets_) {
-      x.op("adamw", Bucket::step, &b, views, params, stats, config);
+      if (overlap) x.op("adamw", Bucket::step, &b, views, params, stats, config);
       x.op("return weights", Bucket::return_weights, &b);
     }
     for (Bucket& b : buckets_) x.op("await weights", Bucket::wait, &b);

@@ -600,8 +600,7 @@ class Model {
     if (!parallel.alone()) x_.op("sum over ranks", sum_over_ranks, this);
     x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, first_partials_,
           int64_t(table.parameters().size()), options.rules);
-    parallel.alone() ? x_.op("adamw", adamw<Device>, views_, params_, stats_, n_views_, options.adamw)
-                     : traffic_.step(x_, views_, params_, stats_, options.adamw);
+    traffic_.step(x_, views_, n_views_, params_, stats_, options.adamw);
     if (config.balance == Balance::bias)
       for (int l = 0; l < config.n_layer; ++l)
         if (bias_[l])
