@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 
+#include "llmc/console.h"
 #include "llmc/dataloader.h"
 #include "llmc/gpu.h"
 #include "llmc/logger.h"
@@ -30,7 +31,11 @@ template <class Device>
 class Trainer {
  public:
   Trainer(Device& dev, const Options& o, const RunOptions& run, const ModelFileInfo& info)
-      : o_(o), dev_(dev), model_(dev, o.model, run), info_(info), terminal_(isatty(STDOUT_FILENO)) {}
+      : o_(o),
+        dev_(dev),
+        model_(dev, o.model, run),
+        info_(info),
+        console_(STDOUT_FILENO, isatty(STDOUT_FILENO) && o.world == 1) {}
   const Parallel& parallel() const { return model_.parallel; }
 
   // Everything that can be refused is, before anything is written. known_tokenizer: info has that of an existing model.
@@ -99,16 +104,16 @@ class Trainer {
       if (s.seq_len != o_.seq_len)
         fail("--seq-len ", o_.seq_len, " differs from the run's ", s.seq_len, "; the order of samples would change");
       if (s.total_steps != total_steps_)
-        std::printf("note: the schedule had %lld steps, now %lld\n", (long long)s.total_steps, (long long)total_steps_);
+        console_.line("note: the schedule had %lld steps, now %lld", (long long)s.total_steps, (long long)total_steps_);
       if (s.total_batch_tokens != o_.total_batch_tokens)
-        std::printf("note: a step had %lld tokens, now %lld\n", (long long)s.total_batch_tokens,
-                    (long long)o_.total_batch_tokens);
+        console_.line("note: a step had %lld tokens, now %lld", (long long)s.total_batch_tokens,
+                      (long long)o_.total_batch_tokens);
       if (s.dtype != model_files::torch_dtype<Device>())
-        std::printf("note: the run was in %s, now %s\n", s.dtype.c_str(), model_files::torch_dtype<Device>());
+        console_.line("note: the run was in %s, now %s", s.dtype.c_str(), model_files::torch_dtype<Device>());
       load_weights(model_, dir, model_type);
       load_optimizer(model_, dir);
       step_ = s.step, next_sample_ = s.next_sample;
-      std::printf("resumed from %s\n", dir.c_str());
+      console_.line("resumed from %s", dir.c_str());
     } else if (!o_.init_from.empty()) {
       load_weights(model_, source, model_type);
     } else {
@@ -123,22 +128,23 @@ class Trainer {
     if (parallel().lead()) log_ = Logger(o_.out, o_.resume);
     if (!o_.record_routing.empty()) record_ = std::make_unique<RoutingWriter>(o_.record_routing, routing_shape_);
     if (o_.resume) log_.truncate_after(step_);
-    std::printf(
+    console_.line(
         "%lld parameters (%lld active) | %lld training windows of %lld tokens | %lld steps of %lld tokens | %s "
-        "allocated | matmul peak %.0f GFLOP/s\n",
+        "allocated | matmul peak %.0f GFLOP/s",
         (long long)o_.model.parameters(), (long long)o_.model.active_parameters(), (long long)train_->windows(),
         (long long)o_.seq_len, (long long)total_steps_, (long long)o_.total_batch_tokens,
         readable_bytes(double(model_.arena().allocated_bytes())).c_str(), peak_ * 1e-9);
-    if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0)
-      std::printf("recomputation: %.1f %% more operations predicted, %.1f %% more time measured\n",
-                  100 * recomputed_share(o_.model, model_.options), 100 * measured_recompute_share(dev_, model_));
-    std::fflush(stdout);
+    if (o_.recompute == "auto" && recomputed_share(o_.model, model_.options) > 0) {
+      const double measured = watched("a trial step", [&] { return measured_recompute_share(dev_, model_); });
+      console_.line("recomputation: %.1f %% more operations predicted, %.1f %% more time measured",
+                    100 * recomputed_share(o_.model, model_.options), 100 * measured);
+    }
   }
 
   void train() {
     int64_t end = last_step();
     if (step_ >= end) {
-      std::printf("nothing to do: %lld steps of %lld are done\n", (long long)step_, (long long)end);
+      console_.line("nothing to do: %lld steps of %lld are done", (long long)step_, (long long)end);
       return;
     }
     int64_t saved = o_.resume ? step_ : -1;
@@ -155,7 +161,7 @@ class Trainer {
     report_all();
     if (saved != step_) save();
     if (record_) record_->close();
-    if (stop() && step_ < end) std::printf("stopped by a signal after step %lld; --resume goes on\n", (long long)step_);
+    if (stop() && step_ < end) console_.line("stopped by a signal after step %lld; --resume goes on", (long long)step_);
   }
 
  private:
@@ -210,8 +216,7 @@ class Trainer {
     p.loss_scale = 1.0 / double(o_.total_batch_tokens);
     p.micro_step_scale = 1.0 / double(o_.micro_steps() * o_.layout.stage_ranks());
     if (pending_.empty()) step_began_ = Clock::now();
-    model_.set_params(p);
-    model_.start_step();
+    watched("the start of a step", [&] { model_.set_params(p), model_.start_step(); });
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
     const int64_t all = step_ * o_.micro_steps() * o_.layout.dp;  // micro-batches taken before
     // Of the micro-batches that all ranks take in this step, those of this rank.
@@ -226,15 +231,16 @@ class Trainer {
     };
     auto guarded = [&](auto f) { watched("a micro-step", f); };
     if (!model_.stage.alone()) run_pipeline(model_, begin, guarded);
-    for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i) {
-      begin(i);
-      guarded([&] { model_.micro_step(i + 1 == o_.micro_steps()); });
-      routing(all + micro(i), false, 0);
-    }
-    model_.update();
+    for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i)
+      guarded([&] {
+        begin(i);
+        model_.micro_step(i + 1 == o_.micro_steps());
+        routing(all + micro(i), false, 0);
+      });
+    watched("an update", [&] { model_.update(); });
     ++step_;
     next_sample_ += samples_per_step_;
-    pending_.push_back({step_, p.learning_rate, model_.fetch_results()});
+    pending_.push_back({step_, p.learning_rate, model_.fetch_results(), Clock::now()});
     while (pending_.size() > 1) report_step();
   }
 
@@ -247,9 +253,9 @@ class Trainer {
     StepReport r;
     r.step = pending.step, r.total_steps = total_steps_, r.learning_rate = pending.learning_rate;
     r.stats = results.stats;
-    auto now = Clock::now();
-    r.milliseconds = std::chrono::duration<double, std::milli>(now - step_began_).count();
-    step_began_ = now;
+    const auto now = Clock::now(), ended = Device::has_graphs ? now : pending.put;
+    r.milliseconds = std::chrono::duration<double, std::milli>(ended - step_began_).count();
+    step_began_ = ended;
     r.tokens_per_s = double(o_.total_batch_tokens) / r.milliseconds * 1e3;
     r.mfu = r.tokens_per_s * training_flops_per_token(o_.model, o_.seq_len) / (peak_ * o_.world);
     r.memory_bytes = size_t(memory_bytes_);
@@ -257,12 +263,13 @@ class Trainer {
     r.skipped = skip_reason(r.stats);
     log_.train(r.step, r.stats.loss, r.learning_rate, r.stats.grad_norm);
     log_.record(step_record(r));
-    if (terminal_) {  // which may be slower than steps are
-      const bool due = now - shown_ > std::chrono::milliseconds(100) || r.step == last_step() || !r.skipped.empty();
-      if (due) shown_ = now, std::printf("\r\033[K%s", step_line(r, last_step()).c_str());
-    } else if (r.step == 1 || r.step % 10 == 0 || r.step == last_step() || !r.skipped.empty())
-      std::printf("%s\n", step_line(r, 0).c_str());
-    std::fflush(stdout);
+    // A terminal may be slower than steps are.
+    const bool due =
+        console_.terminal() ? now - shown_ > std::chrono::milliseconds(100) : r.step == 1 || r.step % 10 == 0;
+    if (due || r.step == last_step() || !r.skipped.empty()) {
+      shown_ = now;
+      console_.progress(step_line(r, console_.terminal() ? last_step() : 0));
+    }
   }
   void report_all() {
     while (!pending_.empty()) report_step();
@@ -321,6 +328,7 @@ class Trainer {
     double sum = 0;
     std::vector<int32_t> tokens(model_.N()), targets(model_.N());
     for (int64_t first = 0; first < val_->eval_windows(); first += o_.batch_size * o_.layout.dp) {
+      if (stop()) return;
       const int64_t w = first + parallel().here.dp * o_.batch_size;
       for (int64_t b = 0; b < o_.batch_size; ++b) {
         int32_t *in = &tokens[b * o_.seq_len], *out = &targets[b * o_.seq_len];
@@ -335,14 +343,14 @@ class Trainer {
         return model_.read_stats().loss;
       });
     }
+    check_status(step_, model_.read_status());
     if (!parallel().alone()) sum = parallel().host.sum(sum, "validation loss");
     double loss = sum / double(val_->eval_targets());
     log_.validation(step_, loss);
     log_.record({{"step", step_}, {"val_loss", loss}});
-    std::printf("%sstep %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s\n", terminal_ ? "\r\033[K" : "",
-                (long long)step_, (long long)total_steps_, loss, (long long)val_->eval_targets(),
-                std::chrono::duration<double>(Clock::now() - begin).count());
-    std::fflush(stdout);
+    console_.line("step %5lld/%lld | val_loss %.9g over %lld tokens in %.1f s", (long long)step_,
+                  (long long)total_steps_, loss, (long long)val_->eval_targets(),
+                  std::chrono::duration<double>(Clock::now() - begin).count());
   }
 
   void sample() {
@@ -353,27 +361,25 @@ class Trainer {
         return id < tokenizer_->eot();
       });
     } catch (const Error& e) {  // logits that are not finite: no reason to end the run here
-      std::printf("%sno sample at step %lld: %s\n", terminal_ ? "\r\033[K" : "", (long long)step_, e.what());
+      console_.line("no sample at step %lld: %s", (long long)step_, e.what());
       return;
     }
     if (!ids.empty() && ids.back() >= tokenizer_->eot()) ids.pop_back();
-    std::printf("%s--- sample at step %lld\n%s%s\n---\n", terminal_ ? "\r\033[K" : "", (long long)step_,
-                o_.prompt.c_str(), tokenizer_->decode(ids).c_str());
-    std::fflush(stdout);
+    console_.line("--- sample at step %lld\n%s%s\n---", (long long)step_, o_.prompt.c_str(),
+                  tokenizer_->decode(ids).c_str());
   }
 
   void save() {
     TrainerState s{step_, next_sample_, o_.seed, total_steps_, o_.total_batch_tokens, o_.seq_len};
     std::string dir = save_checkpoint(model_, o_.out, s, info_, o_.keep);
-    std::printf("%ssaved %s\n", terminal_ ? "\r\033[K" : "", dir.c_str());
-    std::fflush(stdout);
+    console_.line("saved %s", dir.c_str());
   }
 
   const Options& o_;
   Device& dev_;
   Model<Device> model_;
   ModelFileInfo info_;
-  bool terminal_;
+  Console console_;
   std::unique_ptr<DataLoader> train_, val_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::vector<int32_t> prompt_;
@@ -388,6 +394,7 @@ class Trainer {
     int64_t step;
     double learning_rate;
     std::function<typename Model<Device>::StepResults()> results;
+    Clock::time_point put;  // on the device, which without graphs means done
   };
   std::deque<Pending> pending_;
   Clock::time_point step_began_, shown_;

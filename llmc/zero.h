@@ -34,7 +34,8 @@ class UpdateBucket {
         buckets.push_back(UpdateBucket(table, i + 1, comms, aside)), elements = 0;
       buckets.back().first_ = i, above = w;
       const Homes& h = buffers[i].homes;
-      elements += std::max(h.bounds.back(), buffers[i].rows) * h.slabs * buffers[i].cols;  // on every rank the same
+      // (The same on all ranks of a stage. The ends of a pipeline share one buffer alone.)
+      elements += std::max(h.bounds.back(), buffers[i].rows) * h.slabs * buffers[i].cols;
     }
     for (UpdateBucket& b : buckets) {
       b.views_ = table.views_of(b.first_, b.last_);

@@ -51,8 +51,8 @@ template <class Device>
 void expert_pack(Device& dev, typename Device::Real* packed, const typename Device::Real* x, const int32_t* position,
                  int64_t C, ExpertRanks r);
 
-// dgates (N,K) = that of the rank which has the expert, or the sum over its parts, in order, from `returned` (., K) in the order of what was sent; 0 for a slot
-// that a rank dropped.
+// dgates (N,K) = that of the rank which has the expert, or the sum over its parts, in order, from `returned` (., K) in the
+// order of what was sent; 0 for a slot that a rank dropped.
 template <class Device>
 void expert_gate_gradients(Device& dev, typename Device::Acc* dgates, const typename Device::Acc* returned,
                            const int32_t* position, const int32_t* top_k_index, ExpertRanks r);

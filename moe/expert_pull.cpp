@@ -41,11 +41,15 @@ void expert_pull_back(Device&, typename Device::Real* out, Peers<const typename 
 template <class Device>
 void expert_pull_gate_gradients(Device&, typename Device::Acc* dgates, Peers<const typename Device::Acc> theirs,
                                 const int32_t* position, const int32_t* top_k_index, ExpertRanks r) {
+  using Acc = typename Device::Acc;
   for (int64_t t = 0; t < r.N; ++t)
     for (int64_t k = 0; k < r.K; ++k) {
-      const int64_t e = top_k_index[t * r.K + k], d = e >= 0 && e < r.E ? e / r.experts() : -1;
-      const int64_t at = d >= 0 ? position[t * r.ranks + d] : -1;
-      dgates[t * r.K + k] = at < 0 ? 0 : theirs.at[d][at * r.K + k];
+      const int64_t e = top_k_index[t * r.K + k];
+      Acc sum = 0;
+      if (e >= 0 && e < r.E)
+        for (int64_t host = e / r.experts() * r.parts, d = host; d < host + r.parts; ++d)
+          if (const int64_t at = position[t * r.ranks + d]; at >= 0) sum += theirs.at[d][at * r.K + k];
+      dgates[t * r.K + k] = sum;
     }
 }
 

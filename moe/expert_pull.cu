@@ -114,9 +114,11 @@ __global__ void __launch_bounds__(threads)
   const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x, t = i / r.K, k = i % r.K;
   if (t >= r.N || (theirs.lost && *theirs.lost)) return;
   const int64_t e = top_k_index[i];
-  const int d = e >= 0 && e < r.E ? int(e / (r.E / r.ranks)) : -1;
-  const int64_t at = d >= 0 ? position[t * r.ranks + d] : -1;
-  dgates[i] = at < 0 ? 0 : theirs.at[d][at * r.K + k];
+  float sum = 0;
+  if (e >= 0 && e < r.E)
+    for (int64_t host = e / r.experts() * r.parts, d = host; d < host + r.parts; ++d)
+      if (const int64_t at = position[t * r.ranks + d]; at >= 0) sum += theirs.at[d][at * r.K + k];
+  dgates[i] = sum;
 }
 
 // The arenas of all ranks are aligned alike (Plan::alignment), and so is a tensor in each.

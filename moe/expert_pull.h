@@ -26,7 +26,8 @@ template <class Device>
 void expert_pull_back(Device& dev, typename Device::Real* out, Peers<const typename Device::Real> partial,
                       const typename Device::Real* addend, const int32_t* position, int64_t C, ExpertRanks r);
 
-// dgates (N,K) = that of the rank which has the expert, from its dgates (M,K); 0 for a slot that no rank has.
+// dgates (N,K) = that of the rank which has the expert, or the sum over its parts, in order, from their dgates (M,K); 0 for
+// a slot that no rank has.
 template <class Device>
 void expert_pull_gate_gradients(Device& dev, typename Device::Acc* dgates, Peers<const typename Device::Acc> theirs,
                                 const int32_t* position, const int32_t* top_k_index, ExpertRanks r);

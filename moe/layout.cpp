@@ -1,5 +1,8 @@
 #include "moe/layout.h"
 
+#include <array>
+#include <map>
+#include <optional>
 #include <sstream>
 
 #include "llmc/error.h"
@@ -14,32 +17,30 @@ std::string shown(const std::vector<int>& ranks) {
   return text.str();
 }
 
-// Whether two ranks are in one group: all that the group does not run over is equal.
-bool together(const Layout& layout, Group g, const Place& a, const Place& b) {
-  const bool stage = a.pp == b.pp;
+// What the ranks of a group have in common, and no others; nothing: of a rank that is in no group of this kind.
+using Key = std::array<int, 3>;
+std::optional<Key> key_of(const Layout& layout, Group g, const Place& p) {
   switch (g) {
     case Group::world:
-      return true;
+      return Key{};
     case Group::stage:
-      return stage;
+      return Key{p.pp};
     case Group::dp:
-      return stage && a.tp == b.tp;
+      return Key{p.pp, p.tp};
     case Group::tp:
-      return stage && a.dp == b.dp;
+      return Key{p.pp, p.dp};
     case Group::pp:
-      return a.dp == b.dp && a.tp == b.tp;
+      return Key{p.dp, p.tp};
     case Group::ep:
-      return stage && a.edp == b.edp;
+      return Key{p.pp, p.edp};
     case Group::etp:
-      return stage && a.edp == b.edp && a.ep == b.ep;
+      return Key{p.pp, p.edp, p.ep};
     case Group::edp:
-      return stage && a.ep == b.ep && a.etp == b.etp;
-    case Group::ends: {
-      auto at_end = [&](const Place& p) { return p.pp == 0 || p.pp == layout.pp - 1; };
-      return at_end(a) && at_end(b) && a.tp == b.tp;
-    }
+      return Key{p.pp, p.ep, p.etp};
+    case Group::ends:
+      if (p.pp == 0 || p.pp == layout.pp - 1) return Key{p.tp};
   }
-  return false;
+  return {};
 }
 
 }  // namespace
@@ -93,17 +94,23 @@ const char* purpose_of(Group g) {
 }
 
 std::vector<int> members(const Layout& layout, Group g, int rank) {
-  const Place mine = place(layout, rank);
+  const std::optional<Key> mine = key_of(layout, g, place(layout, rank));
   std::vector<int> ranks;
-  for (int other = 0; other < layout.world(); ++other)
-    if (together(layout, g, mine, place(layout, other))) ranks.push_back(other);
+  for (int other = 0; mine && other < layout.world(); ++other)
+    if (key_of(layout, g, place(layout, other)) == mine) ranks.push_back(other);
   return ranks;
 }
 
 std::vector<std::vector<int>> all_groups(const Layout& layout, Group g) {
   std::vector<std::vector<int>> all;
-  for (int rank = 0; rank < layout.world(); ++rank)
-    if (std::vector<int> ranks = members(layout, g, rank); !ranks.empty() && ranks[0] == rank) all.push_back(ranks);
+  std::map<Key, size_t> number;
+  for (int rank = 0; rank < layout.world(); ++rank) {
+    const std::optional<Key> key = key_of(layout, g, place(layout, rank));
+    if (!key) continue;
+    const auto [found, is_new] = number.try_emplace(*key, all.size());
+    if (is_new) all.emplace_back();
+    all[found->second].push_back(rank);
+  }
   return all;
 }
 

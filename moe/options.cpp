@@ -118,7 +118,8 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
   app.add_option("--device", o.device, "auto, cpu or cuda");
   app.add_option("--dtype", o.dtype, "bf16, fp32 or fp64; default fp32 on cpu, bf16 on cuda");
   app.add_option("--grad-dtype", o.grad_dtype,
-                 "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch, fp32 otherwise");
+                 "bf16 or fp32 for gradients of bf16 weights; default bf16 for a single micro-batch on one rank of a "
+                 "stage, fp32 otherwise");
 
   group("Evaluation, sampling, checkpoints");
   app.add_option("--eval-every", o.eval_every, "evaluate all validation data every n steps; 0: only at the end");
@@ -323,8 +324,6 @@ Options parse_options(int argc, char** argv, int processes) {
   if (!(o.row_headroom > 0 && o.row_headroom <= 1e6))
     fail("--row-headroom must be positive (at most 1e6), not ", o.row_headroom);
   if (o.world > 1) {
-    if (o.generate || !o.export_format.empty())
-      fail(o.generate ? "--generate" : "--export", " runs as a single process");
     if (o.sample_every) fail("--sample-every: several processes do not generate; use --generate with a checkpoint");
     if (!o.record_routing.empty()) fail("--record-routing records a single process");
   }
@@ -349,6 +348,8 @@ void check_processes(const Options& o) {
   o.layout.validate(o.world, o.model);
   const auto& [dp, tp, pp, ep, etp] = o.layout;
   const int64_t B = o.batch_size, T = o.seq_len, ranks = int64_t(ep) * etp;
+  if (o.transport == "pull" && ranks == 1)
+    fail("--transport pull: with --ep 1 --etp 1 no token leaves its rank; leave it out");
   for (auto [option, n] : {std::pair{"--ep", ep}, {"--etp", etp}, {"--tp", tp}})
     if (n > 1 && o.model.capacity_factor > 0)
       fail("--capacity-factor counts the rows of an expert on one rank; with ", option, " ", n, " nothing is dropped");

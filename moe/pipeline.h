@@ -51,13 +51,13 @@ void transfer(Model& model, const PipelineAction& a) {
 }
 
 // The micro-batches of a step through this rank's stage. begin(micro): called before the forward program of a
-// micro-batch, sets what it is given. watched(f) calls f.
+// micro-batch, sets what it is given. watched(f) calls f, in which the host may wait for its GPU.
 template <class Model, class Begin, class Watched>
 void run_pipeline(Model& model, Begin begin, Watched watched) {
   const Stage& stage = model.stage;
   for (const PipelineAction& a : pipeline_schedule(stage.index, stage.stages, model.options.micro_steps)) {
-    if (a.forward >= 0) begin(a.forward);
     watched([&] {
+      if (a.forward >= 0) begin(a.forward);
       transfer(model, a);
       if (a.forward >= 0) model.forward(stage.slot(a.forward));
       if (a.backward >= 0) model.backward(stage.slot(a.backward));

@@ -23,7 +23,7 @@ inline RunOptions run_options(const Options& o) {
   r.B = o.batch_size, r.T = o.seq_len, r.micro_steps = o.micro_steps();
   r.evaluate = !o.val_data.empty();
   r.decode_positions = o.sample_every ? (o.context ? o.context : o.seq_len) : 0;
-  r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 : o.grad_dtype == "fp32";
+  r.wide_gradients = o.grad_dtype.empty() ? o.micro_steps() > 1 || o.layout.stage_ranks() > 1 : o.grad_dtype == "fp32";
   r.dispatch = o.dispatch == "materialized" ? Dispatch::materialized : Dispatch::zero_buffer;
   r.separate_arena = o.arena == "separate";
   r.transport = o.transport == "pull" ? Transport::pull : Transport::exchange;  // choose_transport() settles "auto"
@@ -37,8 +37,8 @@ inline RunOptions run_options(const Options& o) {
   return r;
 }
 
-// How tokens get to their experts, and why so. Called by all ranks; a plan alone (no world) takes "auto" for exchange: the
-// two need nearly the same memory.
+// How tokens get to their experts, and why so. Called by all ranks of a job. (A plan alone takes "auto" for exchange: the
+// two need nearly the same memory.)
 template <class Device>
 void choose_transport(Device& dev, const Options& o, RunOptions& run) {
   if (o.layout.ep * o.layout.etp == 1) return;
@@ -47,12 +47,8 @@ void choose_transport(Device& dev, const Options& o, RunOptions& run) {
     if (const Parallel& p = run.parallel; o.transport != "exchange") {
       if (o.arena == "separate")
         why = "--arena separate";
-      else if (o.layout.etp > 1)
-        why = "--etp";  // gate gradients of an expert's parts would have to be added up
-      else if (p.world)
+      else
         why = PeerMemory::problem(dev, *p.world, p[Group::ep], p.host);
-      else if (o.transport == "auto")
-        why = "not known to a plan alone";
     }
   if (o.transport == "pull" && !why.empty()) fail("--transport pull: ", why, "; use auto or exchange");
   run.transport = why.empty() ? Transport::pull : Transport::exchange;
@@ -186,7 +182,8 @@ void print_policies(Device& dev, const Options& o, const RunOptions& run) {
               readable_bytes(double(budget_of(dev, o))).c_str(), 100 * recomputed_share(o.model, run));
 }
 
-// For a job that is only planned: its policies, and the first rank of the stage that needs most memory.
+// For a job that is only planned: its policies, and the first rank of the stage that needs most memory (of a tensor that
+// two stages share another rank may be home to 64 rows more).
 template <class Device>
 void choose_stage(Device& dev, const Options& o, RunOptions& run) {
   size_t most = 0;

@@ -10,6 +10,7 @@ scripts/setup.sh
 cuda=1
 nvidia-smi >/dev/null 2>&1 || cuda=0
 mkdir -p runs
+echo "building the trainer: a few minutes (runs/build.log)"
 make train_gpt_moe CUDA=$cuda >runs/build.log 2>&1 || { cat runs/build.log >&2; exit 1; }
 [ -f data/kjv/kjv_train.bin ] && [ -f data/kjv/kjv_val.bin ] || python3 data/kjv.py
 

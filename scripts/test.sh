@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests that this machine can run: include arrows, unit tests and whole-model tests, end-to-end runs of the trainer,
-# and everything that reads files or options once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+# and everything that reads files or options once more under AddressSanitizer and UndefinedBehaviorSanitizer (of the runs
+# of several processes a part).
 # Where nvcc (12.5 or later) is, the CUDA backend, its tests and the benchmarks in dev/ are compiled and linked for sm_80 and
 # sm_90a too; what needs a GPU is skipped by name (scripts/test_gpu.sh runs it). Closes with ctest's summary.
 set -euo pipefail

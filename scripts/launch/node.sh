@@ -11,6 +11,9 @@ n=$1; shift
 case $n in *[!0-9]* | 0*) echo "node.sh: the number of processes must be a number, not '$n' (--help)" >&2; exit 1 ;; esac
 TRAINER=${TRAINER:-./train_gpt_moe}
 [ -x "$TRAINER" ] || make train_gpt_moe
+# Ranks that each took all processors would wait for each other's threads.
+threads=$(($(nproc 2>/dev/null || echo "$n") / n))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 pids=()
 if command -v mpirun >/dev/null; then
   root=(); [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
