@@ -178,12 +178,16 @@ class ParameterTable {
     return views;
   }
   int64_t n_views() const { return views_of(0, int(buffers_.size())).second; }
-  // Of the buffers [first, last), where no tensor's turn comes among those of other buffers: how many views are before
-  // theirs, and how many theirs are.
+  // Views of the buffers [first, last), which are neighbours: how many come before them, and how many they are.
   std::pair<int64_t, int64_t> views_of(int first, int last) const {
-    int64_t before = 0, n = 0;
-    each_home(
-        [&](const Parameter& p, auto&&...) { before += p.buffer < first, n += first <= p.buffer && p.buffer < last; });
+    int64_t view = 0, before = 0, n = 0;
+    each_home([&](const Parameter& p, const Buffer& b, auto&&...) {
+      if (first <= p.buffer && p.buffer < last) {
+        if (n == 0) before = view;
+        if (before + n++ != view) fail("views of ", b.name, " are among those of other buffers");
+      }
+      ++view;
+    });
     return {before, n};
   }
 

@@ -19,10 +19,9 @@ class UpdateBucket {
   using Buffer = typename Table::Buffer;
 
   // All buffers of a table, cut in the order in which backward completes their gradients: second ones, then from the
-  // last buffer to the first. What has arrived waits in memory until it is summed, so buckets are small, but of whole
-  // parts of layers. aside: exchanges go on beside what the device does next.
-  static std::deque<UpdateBucket> all(const Table& table, const Comm* comms, bool aside) {
-    constexpr int64_t enough = int64_t(32) << 20;  // elements
+  // last buffer to the first. What has arrived waits in memory until it is summed, so buckets are small: whole parts of
+  // layers, until there are `enough` elements. aside: exchanges go on beside what the device does next.
+  static std::deque<UpdateBucket> all(const Table& table, const Comm* comms, int64_t enough, bool aside) {
     const auto& buffers = table.buffers();
     std::deque<UpdateBucket> buckets;
     int64_t elements = 0;
@@ -40,42 +39,30 @@ class UpdateBucket {
     for (UpdateBucket& b : buckets) {
       b.views_ = table.views_of(b.first_, b.last_);
       for (int i = b.first_; i < b.last_; ++i) {
-        b.gradients_.push_back({i, false});
-        if (buffers[i].two_grads) buckets.front().gradients_.push_back({i, true});
+        b.add(buffers[i], false);
+        if (buffers[i].two_grads) buckets.front().add(buffers[i], true);
       }
     }
     return buckets;
   }
 
   int first() const { return first_; }  // of its buffers
-
   // What the gradients of other ranks need until they are summed.
-  int64_t staging_bytes() const {
-    int64_t bytes = 0;
-    each_gradient([&](const Buffer& b, const Part& g) {
-      for (const Share& s : b.homes.from_hosts())
-        if (s.rank != b.homes.rank && g.of(s.rank)) bytes += s.rows * b.cols * g.width();
-    });
-    return bytes;
-  }
+  int64_t staging_bytes() const { return staging_bytes_; }
 
   // Every host sends its gradients to the homes of their rows.
   static void send_gradients(Device&, UpdateBucket* t, char* staging) {
     t->each_group([&](int group, const Comm& comm) {
       std::vector<Piece> sends, receives;
-      char* next = staging;
-      t->each_gradient([&](const Buffer& b, const Part& g) {
-        const int64_t row_bytes = b.cols * g.width();
-        const bool ours = b.homes.group == group;
-        for (const Share& s : b.homes.to_homes())
-          if (ours && s.rank != b.homes.rank && g.of(b.homes.rank))
-            sends.emplace_back(s.rank, g.data() + s.row * row_bytes, s.rows * row_bytes);
-        for (const Share& s : b.homes.from_hosts()) {
-          if (s.rank == b.homes.rank || !g.of(s.rank)) continue;
-          if (ours) receives.emplace_back(s.rank, next, s.rows * row_bytes);
-          next += s.rows * row_bytes;
-        }
-      });
+      for (const Gradient& g : t->gradients_) {
+        const Homes& h = g.buffer->homes;
+        if (h.group != group) continue;
+        for (const Share& s : h.to_homes())
+          if (s.rank != h.rank && g.of(h.rank))
+            sends.emplace_back(s.rank, g.data() + s.row * g.row_bytes, s.rows * g.row_bytes);
+        for (const auto& [s, at] : g.parts)
+          if (s.rank != h.rank) receives.emplace_back(s.rank, staging + at, s.rows * g.row_bytes);
+      }
       t->exchange(comm, sends, receives, "gradients");
     });
   }
@@ -83,30 +70,23 @@ class UpdateBucket {
   // Every home waits for what it is sent, and adds it and its own up, in the order of the ranks.
   static void sum_gradients(Device& dev, UpdateBucket* t, const char* staging) {
     wait(dev, t);
-    const char* next = staging;
-    t->each_gradient([&](const Buffer& b, const Part& g) {
-      const int64_t row_bytes = b.cols * g.width();
+    for (const Gradient& g : t->gradients_) {
+      const Tensor<Acc> sum = g.second ? g.buffer->second_sum : g.buffer->sum;
+      if (!sum) continue;
       std::map<int64_t, std::pair<int64_t, std::vector<const void*>>> rows;  // first of home memory -> how many, parts
-      for (const Share& s : b.homes.from_hosts()) {
-        if (!g.of(s.rank)) continue;
+      for (const auto& [s, at] : g.parts) {
         auto& [n, parts] = rows[s.row];
-        n = s.rows;
-        if (s.rank != b.homes.rank) {
-          parts.push_back(next), next += s.rows * row_bytes;
-        } else {
-          for (const Share& mine : b.homes.to_homes())
-            if (mine.rank == s.rank) parts.push_back(g.data() + mine.row * row_bytes);
-        }
+        n = s.rows, parts.push_back((s.rank == g.buffer->homes.rank ? g.data() : staging) + at);
       }
-      if (!g.sum) return;
       for (const auto& [row, part] : rows)
         for (size_t begin = 0; begin < part.second.size(); begin += SumParts::most) {
           SumParts parts;
           while (parts.n < SumParts::most && begin + parts.n < part.second.size())
             parts.part[parts.n] = part.second[begin + parts.n], ++parts.n;
-          sum_parts(dev, g.sum.data() + row * b.cols, parts, g.wide, begin > 0, part.first * b.cols);
+          const int64_t cols = g.buffer->cols;
+          sum_parts(dev, sum.data() + row * cols, parts, g.wide(), begin > 0, part.first * cols);
         }
-    });
+    }
   }
 
   static void step(Device& dev, const UpdateBucket* t, const ParameterView<Device>* views, const StepParams* params,
@@ -138,8 +118,45 @@ class UpdateBucket {
   }
 
  private:
+  // One of the gradients of a buffer.
+  struct Gradient {
+    // Rows to be summed here, of home memory, by who has a part of them; at: that part, in bytes into the staging memory,
+    // or into this rank's own gradient.
+    struct Part {
+      Share rows;
+      int64_t at;
+    };
+    const Buffer* buffer;
+    bool second;
+    int64_t row_bytes = buffer->cols * int64_t(wide() ? sizeof(Acc) : sizeof(Real));
+    std::vector<Part> parts = {};  // in the order of the ranks
+
+    bool wide() const { return second || buffer->wide_grad; }
+    bool of(int rank) const {
+      return second ? buffer->homes.has_second_gradient(rank) : buffer->homes.has_gradient(rank);
+    }
+    const char* data() const {
+      return static_cast<const char*>(Grad<Device>(second ? buffer->second_grad : buffer->grad).data);
+    }
+  };
+
   UpdateBucket(const Table& table, int last, const Comm* comms, bool aside)
       : table_(&table), last_(last), comms_(comms), aside_(aside) {}
+
+  void add(const Buffer& b, bool second) {
+    Gradient g{&b, second};
+    for (const Share& s : b.homes.from_hosts()) {
+      if (!g.of(s.rank)) continue;
+      if (s.rank != b.homes.rank) {
+        g.parts.push_back({s, staging_bytes_});
+        staging_bytes_ += (s.rows * g.row_bytes + 15) / 16 * 16;
+        continue;
+      }
+      for (const Share& mine : b.homes.to_homes())
+        if (mine.rank == s.rank) g.parts.push_back({s, mine.row * g.row_bytes});
+    }
+    gradients_.push_back(std::move(g));
+  }
 
   void exchange(const Comm& comm, const std::vector<Piece>& sends, const std::vector<Piece>& receives,
                 const char* name) {
@@ -149,39 +166,20 @@ class UpdateBucket {
       comm.exchange(sends, receives, name);
   }
 
-  // One of the gradients of a buffer.
-  struct Part {
-    const Homes& homes;
-    bool second, wide;
-    const GradTensor<Device>& mine;  // null where this rank has no part of it
-    Tensor<Acc> sum;
-
-    bool of(int rank) const { return second ? homes.has_second_gradient(rank) : homes.has_gradient(rank); }
-    int64_t width() const { return int64_t(wide ? sizeof(Acc) : sizeof(Real)); }
-    char* data() const { return static_cast<char*>(Grad<Device>(mine).data); }
-  };
-  template <class F>
-  void each_gradient(F f) const {
-    for (auto [i, second] : gradients_) {
-      const Buffer& b = table_->buffer(i);
-      f(b, second ? Part{b.homes, true, true, b.second_grad, b.second_sum}
-                  : Part{b.homes, false, b.wide_grad, b.grad, b.sum});
-    }
-  }
   template <class F>
   void each_group(F f) const {
     std::set<int> seen;
-    auto add = [&](int i) {
-      const Homes& h = table_->buffer(i).homes;
+    for (const Gradient& g : gradients_) {
+      const Homes& h = g.buffer->homes;
       if (h.hosts.size() > 1 && seen.insert(h.group).second) f(h.group, comms_[h.group]);
-    };
-    for (auto [i, second] : gradients_) add(i);
+    }
   }
 
   const Table* table_;
-  int first_ = 0, last_;                         // buffers
-  std::pair<int64_t, int64_t> views_;            // how many come before theirs, how many theirs are
-  std::vector<std::pair<int, bool>> gradients_;  // buffers; whether it is the second gradient
+  int first_ = 0, last_;               // buffers
+  std::pair<int64_t, int64_t> views_;  // how many come before theirs, how many theirs are
+  std::vector<Gradient> gradients_;
+  int64_t staging_bytes_ = 0;
   const Comm* comms_;
   bool aside_;
   std::vector<Begun> begun_;
@@ -195,8 +193,8 @@ class UpdateTraffic {
   using Bucket = UpdateBucket<Device>;
 
   UpdateTraffic() = default;
-  UpdateTraffic(const ParameterTable<Device>& table, const Comm* comms, bool overlap)
-      : overlap(overlap), buckets_(Bucket::all(table, comms, overlap)) {}
+  UpdateTraffic(const ParameterTable<Device>& table, const Comm* comms, int64_t enough, bool overlap)
+      : overlap(overlap), buckets_(Bucket::all(table, comms, enough, overlap)) {}
 
   bool overlap = false;  // exchange() is called in backward, as its gradients are completed
   bool idle = false;     // the ops of an exchange are not called: more micro-steps will add to the gradients

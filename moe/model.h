@@ -33,7 +33,8 @@ class Model {
     buffers_ = declare_parameters(table, plan, config, options);
     declare_state();
     if (options.train) {
-      if (!parallel.alone()) traffic_ = UpdateTraffic<Device>(table, parallel.comms.data(), parallel.one_group());
+      if (!parallel.alone())
+        traffic_ = UpdateTraffic<Device>(table, parallel.comms.data(), options.grad_bucket, parallel.one_group());
       x_.begin(program_start), start_step_ops();
       if (stage.alone()) x_.begin(program_micro), micro_step_ops();
       if (!stage.alone()) plan_slots();

@@ -51,6 +51,7 @@ struct Options {
   int local_ranks = 1;        // of them on this host
   double comm_timeout = 600;  // seconds
   double row_headroom = 1.5;  // as in RunOptions
+  int64_t grad_bucket = RunOptions().grad_bucket;
   std::string transport = "auto";
   std::string command_line;
   bool plain_matmul = false, no_graphs = false;

@@ -38,10 +38,9 @@ struct Parallel {
   // Tied embeddings: the same on the dp ranks of the first stage, which have the gradient of the embedding, and of the last,
   // which have that of the head.
   Homes ends(const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) const {
-    const bool two = layout.pp > 1;
-    Homes h = homes(two ? Group::ends : Group::dp, layout.dp * (two ? 2 : 1), here.dp + (here.pp ? layout.dp : 0),
-                    pieces, unit, rows);
-    if (two) h.first_hosts = layout.dp;
+    if (layout.pp == 1) return dense(pieces, unit, rows);
+    Homes h = homes(Group::ends, 2 * layout.dp, here.dp + (here.pp ? layout.dp : 0), pieces, unit, rows);
+    h.first_hosts = layout.dp;
     return h;
   }
   // Those of E experts, of which a rank has its share; `rows` of an expert, of which a rank has all or (slabs of columns,

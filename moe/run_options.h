@@ -17,8 +17,9 @@ struct RunOptions {
   int64_t B = 16, T = 256;  // sequences of a micro-batch, tokens of a sequence
   int64_t micro_steps = 1;  // micro-batches of a step; micro_step() is to be called so many times
   bool train = true, evaluate = true;
-  int64_t decode_positions = 0;  // length of the key/value cache; 0: no decoding
-  bool wide_gradients = true;    // gradients of matrices in Acc; else in Real
+  int64_t decode_positions = 0;             // length of the key/value cache; 0: no decoding
+  bool wide_gradients = true;               // gradients of matrices in Acc; else in Real
+  int64_t grad_bucket = int64_t(32) << 20;  // elements of gradients that ranks exchange at a time, at least
   Dispatch dispatch = Dispatch::zero_buffer;
   std::vector<Recompute> recompute;  // per layer; empty: act
   bool separate_arena = false;

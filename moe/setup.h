@@ -30,7 +30,7 @@ inline RunOptions run_options(const Options& o) {
   r.graphs = graphs_possible(o, r.transport);
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
-  r.row_headroom = o.row_headroom;
+  r.row_headroom = o.row_headroom, r.grad_bucket = o.grad_bucket;
   r.parallel.layout = o.layout, r.parallel.here = place(o.layout, 0);
   for (Recompute p : {Recompute::none, Recompute::act, Recompute::up, Recompute::block})
     if (o.recompute == name_of(p)) r.recompute.assign(o.model.n_layer, p);
