@@ -183,7 +183,7 @@ TEST(Homes, AtTheEndsOfAPipelineEachHasOneGradient) {
   }
   p.layout = {2, 1, 1, 1, 1}, p.here = place(p.layout, 1);
   const Homes both = p.ends({257}, 64, 384);
-  EXPECT_EQ(both.group, int(Group::dp));
+  EXPECT_EQ(both.group, int(Group::stage));  // the same ranks as dp, under one name
   EXPECT_TRUE(both.has_gradient(0) && both.has_gradient(1) && both.has_second_gradient(0) &&
               both.has_second_gradient(1));
 }
@@ -221,7 +221,7 @@ TEST(UpdateBuckets, AreWholePartsOfLayersInTheOrderOfBackward) {
     int64_t gradients;  // rows
   };
   const std::vector<Bucket> expected = {{9, 10, 1 + 60}, {8, 9, 40}, {4, 8, 34}, {2, 4, 33}, {0, 2, 65}};
-  const auto buckets = UpdateBucket<Cpu<float>>::all(table, nullptr, true);
+  const auto buckets = UpdateBucket<Cpu<float>>::all(table, nullptr, int64_t(32) << 20, true);
   ASSERT_EQ(buckets.size(), expected.size());
   for (size_t i = 0; i < buckets.size(); ++i) {
     EXPECT_EQ(buckets[i].first(), expected[i].first);
