@@ -359,17 +359,17 @@ class Ends(ParallelTest):
 
     def test_a_rank_is_killed(self):
         for launcher in LAUNCHERS:
-            for rank in (2, 0):
-                with self.subTest(launcher=launcher, rank=rank):
+            for rank, ep in ((2, 2), (0, 1)):
+                with self.subTest(launcher=launcher, rank=rank, ep=ep):
                     out = f"{launcher}-{rank}"
-                    job, began = self.start(launcher, 4, 2, "--checkpoint-every", 1, out=out), time.monotonic()
+                    job, began = self.start(launcher, 4, ep, "--checkpoint-every", 1, out=out), time.monotonic()
                     os.kill(job.pid(rank), signal.SIGKILL)
                     job.finish()
                     self.assertLess(time.monotonic() - began, PATIENCE)
                     self.assertNotIn(0, job.statuses, job.error)
                     self.assertEqual(len(job.lines), 1, job.error)
                     self.assertRegex(job.lines[0], rf"^rank \d+: .*rank {rank} is gone")
-                    self.resumes(out, ep=2)
+                    self.resumes(out, ep=ep)
 
     def test_a_rank_hangs(self):
         job = self.start("tcp", 2, 2, "--comm-timeout", 2, "--checkpoint-every", 1, out="run")
