@@ -217,7 +217,7 @@ bool Lab::wants(const Variant& v) {
   return options.check_only || machine.seconds(v.work) < limit;
 }
 
-std::vector<std::string> Lab::check(const Case& c) {
+std::vector<std::string> Lab::check(const Case& c, const char* size) {
   std::vector<std::string> wrong;
   const Values expected = c.reference();
   for (const Variant& v : c.variants) {
@@ -225,7 +225,7 @@ std::vector<std::string> Lab::check(const Case& c) {
     for (const Output& o : c.outputs) poison(o);
     v.run();
     for (size_t i = 0; i < c.outputs.size(); ++i)
-      if (!accept(bench_ + " " + c.shape + " " + v.name + ", " + c.outputs[i].name,
+      if (!accept(bench_ + " " + c.shape + " " + v.name + " " + size + ", " + c.outputs[i].name,
                   complaint(c.outputs[i], expected[i])))
         wrong.push_back(v.name);
   }
@@ -234,7 +234,7 @@ std::vector<std::string> Lab::check(const Case& c) {
 }
 
 void Lab::check_and_measure(Case c, std::vector<std::string> wrong) {
-  for (const std::string& name : check(c)) wrong.push_back(name);
+  for (const std::string& name : check(c, "at full size")) wrong.push_back(name);
   std::erase_if(c.variants, [&](const Variant& v) { return !wants(v); });
   std::vector<std::function<void()>> bodies;
   for (const Variant& v : c.variants) bodies.push_back(v.run);

@@ -127,8 +127,8 @@ class Lab {
   }
   // Seconds of a call of each: one sample a round, in which all have their turn.
   std::vector<std::vector<double>> time_in_turns(const std::vector<std::function<void()>>& bodies) const;
-  // Checks the variants asked for, and variant 0 always; the names of those that are wrong.
-  std::vector<std::string> check(const Case& c);
+  // Checks the variants asked for, and variant 0 always; the names of those that are wrong. size: for what is printed.
+  std::vector<std::string> check(const Case& c, const char* size);
   void check_and_measure(Case c, std::vector<std::string> wrong);  // wrong: those that are known to be
   // Counts a check. Prints FAIL and remembers it unless the complaint is empty; whether it is.
   bool accept(const std::string& what, const std::string& complaint);
@@ -161,7 +161,7 @@ int run_ladder(int argc, char** argv, const char* name, const std::vector<Shape>
     Lab lab(name, options);
     for (const Shape& shape : shapes) {
       if (!lab.wants_shape(shape.name)) continue;
-      std::vector<std::string> wrong = lab.check(make(reduced(shape)));
+      std::vector<std::string> wrong = lab.check(make(reduced(shape)), "at a reduced size");
       if (!lab.options.check_only) lab.check_and_measure(make(shape), std::move(wrong));
     }
     return lab.exit_code();
