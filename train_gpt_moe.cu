@@ -296,7 +296,7 @@ class Trainer {
     for (int64_t i = 0; i < (model_.stage.alone() ? o_.micro_steps() : 0); ++i)
       guarded([&] {
         begin(i);
-        model_.micro_step();
+        model_.micro_step(i + 1 == o_.micro_steps());
         routing(all + micro(i), false, 0);
       });
     watched("an update", [&] {

@@ -1,4 +1,4 @@
-// AdamW on the GPU: one launch for all parameters.
+// AdamW on the GPU: one launch for all parameters, or some.
 #include "llmc/adamw.h"
 
 #include "llmc/cuda_views.cuh"
@@ -41,8 +41,9 @@ __global__ void __launch_bounds__(view_threads)
   k.b1 = float(config.beta1), k.b2 = float(config.beta2), k.eps = float(config.eps);
   k.correct1 = float(1.0 / (1.0 - pow(config.beta1, double(params->step))));
   k.correct2 = float(1.0 / (1.0 - pow(config.beta2, double(params->step))));
+  if (n_views == 0) return;
   int64_t blocks = view_blocks(views, n_views);
-  for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
+  for (int64_t b = views[0].first_block + blockIdx.x; b < blocks; b += gridDim.x) {
     const ParameterView<Device> p = views[view_of_block(views, n_views, b)];
     float decay = p.decay ? float(config.weight_decay) : 0.0f;
     if (p.cols % 4 == 0)

@@ -10,7 +10,8 @@ struct AdamWConfig {
 // For every element of every view, with g = clip * (grad + second_grad) and t = params->step:
 //   m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
 //   master -= lr * ( (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) + decay * master );  weight = master rounded to Real
-// views are in table order, with their first_partial. Weight decay only where the view says so. Does nothing where stats->skip is set.
+// views are neighbours in table order, with their first_block. Weight decay only where the view says so. Does nothing
+// where stats->skip is set.
 template <class Device>
 void adamw(Device& dev, const ParameterView<Device>* views, const StepParams* params, const StepStats* stats,
            int64_t n_views, AdamWConfig config);

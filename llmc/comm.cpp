@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "llmc/comm_link.h"
+#include "llmc/cpu_math.h"
 
 namespace {
 
@@ -89,26 +90,13 @@ std::unique_ptr<Link> open_link(double timeout) {
   return open_tcp_link(r, n, host, integer("MASTER_PORT", port, 1, 65535), timeout);
 }
 
-// out[i] = sum over the parts, in their order, each rounding that of Acc, then one to T. out may be one of the parts.
-template <class T, class Acc>
-void sum_parts(void* out, const std::vector<const void*>& parts, int64_t n) {
-  constexpr int64_t block = 1024;
-#pragma omp parallel for schedule(static) if (n > 1 << 16)
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t count = std::min(block, n - begin);
-    Acc total[block];
-    for (size_t r = 0; r < parts.size(); ++r) {
-      const T* part = static_cast<const T*>(parts[r]) + begin;
-      for (int64_t i = 0; i < count; ++i) total[i] = r ? total[i] + Acc(part[i]) : Acc(part[i]);
-    }
-    for (int64_t i = 0; i < count; ++i) static_cast<T*>(out)[begin + i] = T(total[i]);
-  }
-}
+// One rank after another, rounded once.
 void sum_parts(void* out, const std::vector<const void*>& parts, int64_t n, DType type) {
-  if (type == DType::f64) return sum_parts<double, double>(out, parts, n);
-  if (type == DType::f32) return sum_parts<float, float>(out, parts, n);
-  if (type == DType::bf16) return sum_parts<bf16, float>(out, parts, n);
-  sum_parts<int32_t, uint32_t>(out, parts, n);  // wraps around
+  auto sum = [&]<class T, class Acc>(T, Acc) { sum_in_order<T, Acc>(static_cast<T*>(out), parts, false, n); };
+  if (type == DType::f64) return sum(double(), double());
+  if (type == DType::f32) return sum(float(), float());
+  if (type == DType::bf16) return sum(bf16(), float());
+  sum(int32_t(), uint32_t());  // wraps around
 }
 
 char* at(const void* p, int64_t bytes) { return const_cast<char*>(static_cast<const char*>(p)) + bytes; }
@@ -405,6 +393,7 @@ int Comm::rank() const { return group_->rank; }
 int Comm::size() const { return group_->size(); }
 const std::vector<int>& Comm::ranks() const { return group_->ranks; }
 
+void Comm::together(const std::function<void()>& f) const { group_->together(f); }
 Begun Comm::all_reduce(void* data, int64_t n, DType type, const char* name, bool aside) const {
   const std::string what = operation("all_reduce", name);
   if (n < 0) fail(what, ": ", n, " elements");

@@ -105,6 +105,9 @@ class Comm {
     exchange(sends, receives, "exchange", name, false).wait();
   }
 
+  // Calls f, whose operations, none of them begun, do not depend on one another: on a GPU they are one launch.
+  void together(const std::function<void()>& f) const;
+
   // The same as operations to wait for later, in the same order on every rank of the group. On the CPU begin posts the
   // transfers and wait() takes the sums; on a GPU they run on a stream of the communicator beside the device's.
   template <class T>

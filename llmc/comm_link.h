@@ -88,6 +88,7 @@ struct Comm::Group {
   virtual ~Group() = default;
   int size() const { return int(ranks.size()); }
   virtual void copy(void* to, const void* from, int64_t bytes) = 0;
+  virtual void together(const std::function<void()>& f) { f(); }
   virtual Begun all_reduce(void* data, int64_t n, DType type, const std::string& what, bool aside) = 0;
   virtual Begun reduce_scatter(void* out, const void* in, int64_t n, DType type, const std::string& what,
                                bool aside) = 0;

@@ -53,7 +53,10 @@ class NcclGroup : public GpuAlone {
     if (!job.watcher.joinable()) job.watcher = std::thread([&job] { job.watch(); });
     World::Watch watch(job, operation("opening", name) + " (" + list(ranks) + ")");
     CHECK(ncclCommInitRank(&comm_, size(), ids[0], rank));
-    CHECK(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking));
+    int least = 0, greatest = 0;  // what goes on aside needs few processors, but soon: kernels that fill the GPU follow
+    CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CHECK(cudaStreamCreateWithPriority(&aside_, cudaStreamNonBlocking, greatest));
+    dev.priorities = true;
     first_use();
     std::lock_guard lock(job.mutex);
     job.checks[this] = [this] {
@@ -74,6 +77,11 @@ class NcclGroup : public GpuAlone {
     cudaStreamDestroy(aside_);
   }
 
+  void together(const std::function<void()>& f) override {
+    CHECK(ncclGroupStart());
+    f();
+    CHECK(ncclGroupEnd());
+  }
   Begun all_reduce(void* data, int64_t n, DType type, const std::string& what, bool aside) override {
     return queue(what, aside, [&](cudaStream_t s) {
       CHECK(ncclAllReduce(data, data, size_t(n), nccl_type(type), ncclSum, comm_, s));
@@ -99,6 +107,9 @@ class NcclGroup : public GpuAlone {
   }
 
  private:
+  // One operation of a communicator runs at a time, in the order in which they were queued, which is the same on all
+  // ranks: what goes on aside comes after all that the device's stream has so far, and this stream's next operation
+  // after all that was begun.
   template <class Call>
   Begun queue(const std::string& what, bool aside, Call call) {
     job.note(what);
@@ -108,14 +119,18 @@ class NcclGroup : public GpuAlone {
       event = free_events_.back(), free_events_.pop_back();
       CHECK(cudaEventRecord(event, dev.stream));
       CHECK(cudaStreamWaitEvent(aside_, event));
+    } else if (newest_) {
+      CHECK(cudaStreamWaitEvent(dev.stream, newest_));
     }
     CHECK(ncclGroupStart());
     call(aside ? aside_ : dev.stream);
     CHECK(ncclGroupEnd());
     if (!aside) return Begun();
     CHECK(cudaEventRecord(event, aside_));
+    newest_ = event;
     return Begun([this, event] {
       CHECK(cudaStreamWaitEvent(dev.stream, event));
+      if (newest_ == event) newest_ = nullptr;
       free_events_.push_back(event);
     });
   }
@@ -138,7 +153,8 @@ class NcclGroup : public GpuAlone {
   }
 
   ncclComm_t comm_ = nullptr;
-  cudaStream_t aside_ = nullptr;  // what was begun and is not waited for yet
+  cudaStream_t aside_ = nullptr;  // what was begun
+  cudaEvent_t newest_ = nullptr;  // its end; null where the device's stream waits for it already
   std::vector<cudaEvent_t> free_events_;
 };
 #endif

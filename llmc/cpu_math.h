@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 
 #include "llmc/types.h"
 
@@ -55,6 +56,24 @@ inline Acc sum_of(int64_t n, Term term) {
   for (int64_t width = 8; width > 0; width /= 2)
     for (int64_t l = 0; l < width; ++l) part[l] += part[l + width];
   return part[0];
+}
+
+// out[i] = (add: out[i] +) part 0 [i] + part 1 [i] + ..., one after the other in Acc, rounded once. Parts are of In, one or
+// more; out may be one of them.
+template <class In, class Acc, class Out>
+void sum_in_order(Out* out, std::span<const void* const> parts, bool add, int64_t n) {
+  constexpr int64_t block = 1024;
+#pragma omp parallel for schedule(static) if (n > 1 << 16)
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t count = std::min(block, n - begin);
+    Acc total[block];
+    for (int64_t i = 0; add && i < count; ++i) total[i] = Acc(out[begin + i]);
+    for (size_t p = 0; p < parts.size(); ++p) {
+      const In* part = static_cast<const In*>(parts[p]) + begin;
+      for (int64_t i = 0; i < count; ++i) total[i] = p || add ? total[i] + Acc(part[i]) : Acc(part[i]);
+    }
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = Out(total[i]);
+  }
 }
 
 // The value that storing as Real and loading again gives.

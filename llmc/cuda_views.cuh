@@ -6,6 +6,7 @@
 
 inline constexpr int view_threads = 256;
 
+// The end of the row blocks of these views, which begin with views[0].first_block.
 template <class Device>
 __device__ int64_t view_blocks(const ParameterView<Device>* views, int64_t n_views) {
   if (n_views == 0) return 0;

@@ -177,7 +177,7 @@ GpuBase::Graph GpuBase::capture(const std::function<void()>& body) {
     throw;
   }
   CUDA_CHECK(cudaStreamEndCapture(stream, &g->graph));
-  CUDA_CHECK(cudaGraphInstantiate(&g->exec, g->graph, 0));
+  CUDA_CHECK(cudaGraphInstantiate(&g->exec, g->graph, priorities ? cudaGraphInstantiateFlagUseNodePriority : 0));
   return g;
 }
 void GpuBase::launch(GpuGraph& graph) { CUDA_CHECK(cudaGraphLaunch(graph.exec, stream)); }

@@ -28,6 +28,7 @@ class GpuBase {
   int expert_tile = -1;       // to measure: this tile for Hopper's expert products (experts_hopper_kernels.h), if >= 0
   DeviceStatus* status = nullptr;
   int layer = -1;
+  bool priorities = false;  // graphs take part of their work from streams of other priorities, and are to keep those
 
   // planning: for memory plans only, no GPU needed. local_rank: of the processes of this host, each of which takes a GPU
   // (or sees no other). Errors: no GPU of compute capability 8.0 or later answers; fewer GPUs than processes.

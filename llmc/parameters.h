@@ -176,10 +176,18 @@ class ParameterTable {
     });
     return views;
   }
-  int64_t n_views() const {
-    int64_t n = 0;
-    each_home([&](auto&&...) { ++n; });
-    return n;
+  int64_t n_views() const { return views_of(0, int(buffers_.size())).second; }
+  // Views of the buffers [first, last), which are neighbours: how many come before them, and how many they are.
+  std::pair<int64_t, int64_t> views_of(int first, int last) const {
+    int64_t view = 0, before = 0, n = 0;
+    each_home([&](const Parameter& p, const Buffer& b, auto&&...) {
+      if (first <= p.buffer && p.buffer < last) {
+        if (n == 0) before = view;
+        if (before + n++ != view) fail("views of ", b.name, " are among those of other buffers");
+      }
+      ++view;
+    });
+    return {before, n};
   }
 
  private:

@@ -305,16 +305,19 @@ struct MoeLayer {
     const int64_t n = router.G * router.E, groups = statistics.groups;
     auto all_prob = groups > 1 ? x.template tensor<Acc>("all group_prob", {groups, n}) : prob;
     auto all_count = groups > 1 ? x.template tensor<int32_t>("all group_count", {groups, n}) : count;
-    x.op("sum statistics", sum_statistics<Acc>, statistics.comm, all_prob, prob, n, groups, statistics.group);
-    x.op("sum statistics", sum_statistics<int32_t>, statistics.comm, all_count, count, n, groups, statistics.group);
+    x.op("sum statistics", sum_statistics, statistics, all_prob, all_count, prob, count, n);
   }
-  template <class T>
-  static void sum_statistics(Device& dev, const Comm& comm, T* all, T* own, int64_t n, int64_t groups, int64_t group) {
-    T* row = all + group * n;
-    const size_t bytes = size_t(n) * sizeof(T);
-    if (groups > 1) dev.zero(all, size_t(groups) * bytes), dev.copy(row, own, bytes);
-    comm.all_reduce(all, groups * n, "balance statistics");
-    if (groups > 1) dev.copy(own, row, bytes);
+  static void sum_statistics(Device& dev, const StatisticsRanks& s, Acc* all_prob, int32_t* all_count, Acc* prob,
+                             int32_t* count, int64_t n) {
+    auto each = [&](auto f) { f(all_prob, prob), f(all_count, count); };
+    if (s.groups > 1)
+      each([&](auto* all, auto* own) {
+        dev.zero(all, size_t(s.groups * n) * sizeof *own);
+        dev.copy(all + s.group * n, own, size_t(n) * sizeof *own);
+      });
+    s.comm.together(
+        [&] { each([&](auto* all, auto*) { s.comm.all_reduce(all, s.groups * n, "balance statistics"); }); });
+    if (s.groups > 1) each([&](auto* all, auto* own) { dev.copy(own, all + s.group * n, size_t(n) * sizeof *own); });
   }
   static void gather_choices(Device&, const Comm& comm, int32_t* all_choices, Acc* all_gates, const int32_t* choices,
                              const Acc* gates, int64_t n) {

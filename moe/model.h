@@ -9,7 +9,6 @@
 #include <functional>
 #include <memory>
 
-#include "llmc/adamw.h"
 #include "llmc/attention.h"
 #include "llmc/classifier.h"
 #include "llmc/embedding.h"
@@ -34,6 +33,8 @@ class Model {
     buffers_ = declare_parameters(table, plan, config, options);
     declare_state();
     if (options.train) {
+      if (!parallel.alone())
+        traffic_ = UpdateTraffic<Device>(table, parallel.comms.data(), options.grad_bucket, parallel.one_group());
       x_.begin(program_start, "start of a step"), start_step_ops();
       if (stage.alone()) x_.begin(program_micro, "micro-step"), micro_step_ops();
       if (!stage.alone()) plan_slots();
@@ -133,8 +134,10 @@ class Model {
     device_.stage(slots_[slot].targets, targets, size_t(N()) * sizeof(int32_t));
   }
   void start_step() { run(program_start, &Model::start_step_ops); }
-  void micro_step() {
-    if (stage.alone()) return run(program_micro, &Model::micro_step_ops);
+  // last: of the step, whose gradients are complete then.
+  void micro_step(bool last = true) {
+    traffic_.idle = traffic_.overlap && !last;
+    if (stage.alone()) return run(traffic_.idle ? program_more : program_micro, &Model::micro_step_ops);
     forward(0), backward(0);  // of this stage, with what its neighbours sent last
   }
   void update() { run(program_update, &Model::update_ops); }
@@ -222,8 +225,9 @@ class Model {
   }
 
  private:
-  // From program_slots on: forward and backward of each slot.
-  enum Program { program_start, program_micro, program_update, program_evaluate, program_decode, program_slots };
+  // program_more: a micro-step that is not the step's last, by the plan of program_micro.
+  enum Program { program_start, program_micro, program_update, program_evaluate, program_decode, program_more };
+  static constexpr int program_slots = program_more + 1;  // from here on: forward and backward of each slot
 
   using LayerSaved = ::LayerSaved<Device>;
   using Slot = ::Slot<Device>;
@@ -233,7 +237,7 @@ class Model {
   // watch single ops, and the poison of a separate arena, need it op by op.
   template <class... Args>
   void run(int id, void (Model::*ops)(Args...), Args... args) {
-    auto body = [&] { x_.begin(id), (this->*ops)(args...); };
+    auto body = [&] { x_.begin(id == program_more ? program_micro : id), (this->*ops)(args...); };
     if constexpr (Device::has_graphs) {
       if (options.graphs && !options.separate_arena && !x_.observer) {
         if (!graphs_[id]) graphs_[id] = device_.capture(body);
@@ -487,6 +491,9 @@ class Model {
     norm_backward("norm 2 backward", dres, b.norm2, dx, dres, s.middle, s.rstd2, n);
 
     plan.set_place(l, "attention");
+    // Here, because the next kernels deal out their work as multiprocessors become free; those of experts deal it out
+    // beforehand, and would wait for those that the exchange takes.
+    if (traffic_.overlap) traffic_.exchange(x_, b.norm2);
     auto dout = ranks.gather("all d residual", dres);
     auto d_o = x_.template tensor<Real>("do", {N, heads.q_width()});
     auto scratch = product_scratch(N, heads.q_width(), C);
@@ -600,22 +607,17 @@ class Model {
     for (int l = int(stage.end) - 1; l >= stage.begin; --l) layer_backward(l, pass, pass.slot.saved[l], dres);
     plan.set_place(-1, "");
     if (stage.first()) tensor_ranks(pass).embedding_backward(grad(buffers_.embedding), pass.tokens, dres, vocabulary_);
+    if (traffic_.overlap) traffic_.finish_exchange(x_);
   }
 
   void update_ops() {
-    if (!parallel.alone()) traffic_ = UpdateTraffic<Device>::buckets(table, parallel.comms.data());
-    for (const auto& t : traffic_) {
-      auto staging = x_.template tensor<char>("gradients.staging", {std::max<int64_t>(1, t.staging_bytes())});
-      x_.op("exchange gradients", UpdateTraffic<Device>::exchange_gradients, &t, staging);
-      x_.op("sum gradients", UpdateTraffic<Device>::sum_gradients, &t, staging);
-    }
+    if (!traffic_.overlap) traffic_.finish_exchange(x_);
     if (!parallel.alone()) x_.op("zero partials", zero, partials_, int64_t(partials_.size() * sizeof(Acc)));
     x_.op("global norm", global_norm_partials<Device>, partials_, views_, n_views_);
     if (!parallel.alone()) x_.op("sum over ranks", sum_over_ranks, this);
     x_.op("update decision", update_decision<Device>, stats_, outliers_, partials_, first_partials_,
           int64_t(table.parameters().size()), options.rules);
-    x_.op("adamw", adamw<Device>, views_, params_, stats_, n_views_, options.adamw);
-    for (const auto& t : traffic_) x_.op("return weights", UpdateTraffic<Device>::return_weights, &t);
+    traffic_.step(x_, views_, n_views_, params_, stats_, options.adamw);
     if (config.balance == Balance::bias)
       for (int l = 0; l < config.n_layer; ++l)
         if (bias_[l])
@@ -650,15 +652,19 @@ class Model {
   static void sum_over_ranks(Device&, Model* m) {
     const Comm& world = m->parallel[Group::world];
     static_assert(offsetof(StepStats, z_loss) == 2 * sizeof(double));  // loss, aux_loss and z_loss are neighbours
-    world.all_reduce(&m->stats_.data()->loss, 3, "losses");
-    world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
-    for (int64_t l = 0; l < m->config.n_layer; ++l) {
-      const auto& load = m->load_[l];
-      if (load && m->stage.has(l) && !m->shared_statistics())
-        m->parallel[Group::stage].all_reduce(load.data(), load.size(), "load of the experts");
-      if (load && !m->stage.alone())  // 0 where another stage has the layer
-        m->parallel[Group::pp].all_reduce(load.data(), load.size(), "load of the experts");
-    }
+    world.together([&] {
+      world.all_reduce(&m->stats_.data()->loss, 3, "losses");
+      world.all_reduce(m->partials_.data(), m->partials_.size(), "norm of the gradient");
+    });
+    auto sum_loads = [&](Group g, auto of_layer) {
+      m->parallel[g].together([&] {
+        for (int64_t l = 0; l < m->config.n_layer; ++l)
+          if (const auto& load = m->load_[l]; load && of_layer(l))
+            m->parallel[g].all_reduce(load.data(), load.size(), "load of the experts");
+      });
+    };
+    if (!m->shared_statistics()) sum_loads(Group::stage, [&](int64_t l) { return m->stage.has(l); });
+    if (!m->stage.alone()) sum_loads(Group::pp, [](int64_t) { return true; });  // 0 where another stage has the layer
   }
 
   Device& device_;
@@ -677,7 +683,7 @@ class Model {
   Tensor<ParameterView<Device>> views_;
   int64_t n_views_ = 0;
   Tensor<int64_t> first_partials_;
-  std::deque<UpdateTraffic<Device>> traffic_;
+  UpdateTraffic<Device> traffic_;
   Tensor<Acc> partials_, rope_;
   Tensor<int32_t> positions_, decode_token_, decode_position_;
   Tensor<Real> decode_logits_, stage_output_, stage_gradient_;

@@ -191,6 +191,9 @@ Declared declare(CLI::App& app, Options& o, Names& names) {
       "--transport", o.transport,
       "of tokens between ranks that share experts: pull (GPUs of one host fetch them from each other's memory), "
       "exchange, or auto (pull where it can be)");
+  app.add_option(
+      "--grad-bucket", o.grad_bucket,
+      "elements of gradients that ranks exchange at a time, at least (whole attention or MLP parts of layers)");
   app.add_option("--comm-timeout", o.comm_timeout, "seconds to wait for another rank before the job ends");
 
   group("Debugging");
@@ -307,7 +310,7 @@ Options parse_options(int argc, char** argv, int processes) {
   not_negative("--eval-every", o.eval_every), not_negative("--sample-every", o.sample_every);
   not_negative("--checkpoint-every", o.checkpoint_every), not_negative("--keep", o.keep),
       not_negative("--context", o.context);
-  positive("--max-new-tokens", o.max_new_tokens);
+  positive("--max-new-tokens", o.max_new_tokens), positive("--grad-bucket", o.grad_bucket);
   if (o.layout.dp < 1) fail("--dp must be positive, not ", o.layout.dp);
   if (o.total_batch_tokens == 0) o.total_batch_tokens = o.micro_batch_tokens();
   if (o.total_batch_tokens % o.micro_batch_tokens())

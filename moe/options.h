@@ -56,6 +56,7 @@ struct Options {
   double row_headroom = 1.5;  // as in RunOptions
   int64_t extra_slots = 0, shadow_slots = 0;
   std::string placement;  // path of the places of the experts
+  int64_t grad_bucket = RunOptions().grad_bucket;
   std::string transport = "auto";
   std::string command_line;
   bool plain_matmul = false, no_graphs = false;

@@ -18,6 +18,11 @@ struct Parallel {
   bool alone() const { return layout.world() == 1; }
   bool lead() const { return here.rank == 0; }  // writes what the job writes once
   const Comm& operator[](Group g) const { return comms[int(g)]; }
+  // Whether all that a step exchanges passes within the same ranks. It is one communicator's then, which does one
+  // operation after another, in the order in which they were queued, the same on every rank: no two ranks wait for each
+  // other in different ones, even where some go on beside the device's stream. (Two communicators at work at a time
+  // would need processors for both, and an exchange of gradients would take the links that tokens of experts wait for.)
+  bool one_group() const { return !alone() && layout.dp == layout.world() && layout.ep * layout.etp == 1; }
   int stage_rank() const { return here.rank % layout.stage_ranks(); }
 
   // ---- where the optimizer state of a matrix lives: `pieces` rows of logical tensors, dealt out in units ----
@@ -26,17 +31,17 @@ struct Parallel {
   Homes replicated(const std::vector<int64_t>& pieces, int64_t unit) const {
     return homes(Group::stage, layout.stage_ranks(), stage_rank(), pieces, unit, 0);
   }
-  // Cut by tensor parallelism: the same on the ranks of the dp group. rows: of the buffer, padding included.
+  // Cut by tensor parallelism: the same on the ranks of the dp group (where nothing is cut, the stage: what goes to the
+  // same ranks is exchanged at once). rows: of the buffer, padding included.
   Homes dense(const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) const {
-    return homes(Group::dp, layout.dp, here.dp, pieces, unit, rows);
+    return homes(layout.tp == 1 ? Group::stage : Group::dp, layout.dp, here.dp, pieces, unit, rows);
   }
   // Tied embeddings: the same on the dp ranks of the first stage, which have the gradient of the embedding, and of the last,
   // which have that of the head.
   Homes ends(const std::vector<int64_t>& pieces, int64_t unit, int64_t rows) const {
-    const bool two = layout.pp > 1;
-    Homes h = homes(two ? Group::ends : Group::dp, layout.dp * (two ? 2 : 1), here.dp + (here.pp ? layout.dp : 0),
-                    pieces, unit, rows);
-    if (two) h.first_hosts = layout.dp;
+    if (layout.pp == 1) return dense(pieces, unit, rows);
+    Homes h = homes(Group::ends, 2 * layout.dp, here.dp + (here.pp ? layout.dp : 0), pieces, unit, rows);
+    h.first_hosts = layout.dp;
     return h;
   }
   // Those of the experts of a layer, which a rank has in its slots; `rows` of an expert, of which a rank has all or (slabs

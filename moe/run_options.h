@@ -20,6 +20,7 @@ struct RunOptions {
   bool token_losses = false, logits = false;  // evaluation leaves the loss, the logits of every token
   int64_t decode_positions = 0;               // length of the key/value cache; 0: no decoding
   bool wide_gradients = true;                 // gradients of matrices in Acc; else in Real
+  int64_t grad_bucket = int64_t(32) << 20;    // elements of gradients that ranks exchange at a time, at least
   Dispatch dispatch = Dispatch::zero_buffer;
   std::vector<Recompute> recompute;  // per layer; empty: act
   bool separate_arena = false;

@@ -48,7 +48,7 @@ inline RunOptions run_options(const Options& o) {
   r.graphs = graphs_possible(o, r.transport);
   r.record_routing = !o.record_routing.empty(), r.replay_routing = !o.replay_routing.empty();
   r.adamw = o.adamw, r.rules = o.rules;
-  r.row_headroom = o.row_headroom;
+  r.row_headroom = o.row_headroom, r.grad_bucket = o.grad_bucket;
   r.parallel.layout = o.layout, r.parallel.here = place(o.layout, 0);
   r.extra_slots = o.extra_slots, r.shadow_slots = o.shadow_slots;
   if (!o.placement.empty()) place_experts(o, r);

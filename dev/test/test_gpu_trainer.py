@@ -113,12 +113,12 @@ class OnTheGpu(GpuTrainerTest):
 
 @unittest.skipUnless(gpus() >= 2, "there are no two GPUs")
 class OnTwoGpus(GpuTrainerTest):
-    """Experts on two GPUs: the same bits by either transport, with graphs and without, whatever is kept for backward, and where
-    rows take several passes."""
+    """The same bits with graphs and without and whatever is kept for backward: of experts on two GPUs by either transport, also
+    where rows take several passes; of gradients that travel while backward goes on, however many at a time."""
 
-    def on_two(self, *more, out):
+    def on_two(self, *more, out, ep=2):
         """Output of rank 0, and the run's directory."""
-        args = self.training("--dp", 2, "--ep", 2, "--comm-timeout", 60, *more, out=out)
+        args = self.training("--dp", 2, "--ep", ep, "--comm-timeout", 60, *more, out=out)
         env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [subprocess.Popen(command(args), env={**env, "RANK": str(r)}, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                  for r in range(2)]
@@ -142,6 +142,17 @@ class OnTwoGpus(GpuTrainerTest):
                 with self.subTest(setting=setting, more=more):
                     output, run = self.on_two(*steps, "--transport", "pull", *more, out=name + " ".join(more))
                     self.assertIn("tokens to experts: pull", output)
+                    self.assert_same_training(want, run)
+                    self.assertEqual(self.validation(want), self.validation(run))
+
+    def test_same_bits_however_gradients_travel(self):
+        for micro_steps, *setting in ((1, *BF16), (1, *BF16, "--grad-dtype", "bf16"), (3, *BF16, "--tied", "false", "--d-shared", 16), (3, "--dtype", "fp32", "--balance-scope", "sequence")):
+            steps = ("--steps", 6, "--n-layer", 3, "--val-data", self.val, "--eval-every", 2, "--total-batch-tokens", 128 * micro_steps, *setting)
+            name = " ".join(map(str, setting))
+            _, want = self.on_two(*steps, "--grad-bucket", 2**30, "--no-graphs", out=name, ep=1)
+            for i, more in enumerate(((), ("--grad-bucket", 1), ("--grad-bucket", 1, "--no-graphs"), ("--grad-bucket", 1, "--recompute", "block"), ("--grad-bucket", 1, "--recompute", "none"))):
+                with self.subTest(setting=setting, more=more):
+                    _, run = self.on_two(*steps, *more, out=f"{name} {i}", ep=1)
                     self.assert_same_training(want, run)
                     self.assertEqual(self.validation(want), self.validation(run))
 

@@ -8,6 +8,7 @@
 
 #include "dev/test/op_test.h"
 #include "dev/test/places.h"
+#include "llmc/zero.h"
 #include "moe/parallel.h"
 
 namespace {
@@ -225,7 +226,7 @@ TEST(Homes, AtTheEndsOfAPipelineEachHasOneGradient) {
   }
   p.layout = {2, 1, 1, 1, 1}, p.here = place(p.layout, 1);
   const Homes both = p.ends({257}, 64, 384);
-  EXPECT_EQ(both.group, int(Group::dp));
+  EXPECT_EQ(both.group, int(Group::stage));  // the same ranks as dp, under one name
   EXPECT_TRUE(both.has_gradient(0) && both.has_gradient(1) && both.has_second_gradient(0) &&
               both.has_second_gradient(1));
 }
@@ -236,6 +237,42 @@ TEST(Homes, OfAProcessAlone) {
   ASSERT_EQ(h.to_homes().size(), 1u);
   ASSERT_EQ(h.from_hosts().size(), 1u);
   EXPECT_EQ(h.from_hosts()[0].rows, 37);
+}
+
+// Tied embeddings, four layers and a norm, whose homes are all on this rank, one of two.
+TEST(UpdateBuckets, AreWholePartsOfLayersInTheOrderOfBackward) {
+  constexpr int64_t cols = int64_t(1) << 20;
+  Parallel p;
+  p.layout = {2, 1, 1, 1, 1}, p.here = place(p.layout, 0);
+  Plan plan;
+  ParameterTable<Cpu<float>> table;
+  auto add = [&](int layer, const char* part, int64_t rows, bool tied = false) {
+    plan.set_place(layer, part);
+    Parameter q;
+    q.rows = rows, q.cols = cols;
+    q.buffer = table.add_buffer(plan, "matrix", p.dense({rows}, 64, 0), cols, true, true, tied);
+    table.add(q);
+  };
+  add(-1, "", 60, true);
+  add(0, "attention", 5), add(0, "mlp", 16), add(0, "mlp", 17);
+  add(1, "attention", 8), add(1, "moe", 9);
+  add(2, "attention", 16), add(2, "moe", 1);  // with that of layer 1 enough, alone not
+  add(3, "moe", 40);
+  add(-1, "", 1);
+  struct Bucket {
+    int first, last;
+    int64_t gradients;  // rows
+  };
+  const std::vector<Bucket> expected = {{9, 10, 1 + 60}, {8, 9, 40}, {4, 8, 34}, {2, 4, 33}, {0, 2, 65}};
+  const auto buckets = UpdateBucket<Cpu<float>>::all(table, nullptr, int64_t(32) << 20, true);
+  ASSERT_EQ(buckets.size(), expected.size());
+  for (size_t i = 0; i < buckets.size(); ++i) {
+    EXPECT_EQ(buckets[i].first(), expected[i].first);
+    EXPECT_EQ(buckets[i].staging_bytes(), expected[i].gradients * cols * 4);  // of one other rank
+    const auto [before, n] = table.views_of(expected[i].first, expected[i].last);
+    EXPECT_EQ(before, expected[i].first);
+    EXPECT_EQ(n, expected[i].last - expected[i].first);
+  }
 }
 
 template <class Real>

@@ -207,9 +207,23 @@ class Layouts(ParallelTest):
             for dp in (2, 4):
                 with self.subTest(dtype=dtype, dp=dp):
                     common = [*MICRO_BATCHES, "--total-batch-tokens", dp * N, "--steps", 10, "--plain-matmul", "--dtype", dtype, *more]
-                    one, run = self.alone(*common, out=f"one-{dtype}-{dp}"), self.job(dp, 1, *common, out=f"{dtype}-{dp}", launcher=LAUNCHERS[-1] if dp == 2 else LAUNCHERS[0])
-                    self.assert_same_files(run, one)
-                    self.assertEqual(self.losses(run), self.losses(one))
+                    one = self.alone(*common, out=f"one-{dtype}-{dp}")
+                    for bucket in (2**30, 1):
+                        run = self.job(dp, 1, *common, "--grad-bucket", bucket, out=f"{dtype}-{dp}-{bucket}", launcher=LAUNCHERS[-1] if dp == 2 else LAUNCHERS[0])
+                        self.assert_same_files(run, one)
+                        self.assertEqual(self.losses(run), self.losses(one))
+
+    def test_the_same_bits_however_gradients_travel(self):
+        """Part by part of each layer, while backward goes on, or (but for what follows the layers) all at its end; once a step."""
+        settings = ((), ("--recompute", "block", "--dtype", "bf16", "--arena", "separate", "--d-shared", 16), ("--tied", "false", "--grad-dtype", "bf16", "--dtype", "bf16", "--recompute", "none"))
+        for i, more in enumerate(settings):
+            for micro_steps in (1, 3) if "--grad-dtype" not in more else (1,):
+                with self.subTest(more=more, micro_steps=micro_steps):
+                    common = ["--batch-size", 2, "--seq-len", 16, "--total-batch-tokens", 2 * N * micro_steps, "--steps", 6, "--val-data", self.val, "--eval-every", 2, *more]
+                    all_at_once, parts = (self.job(2, 1, *common, "--grad-bucket", bucket, out=f"{i}-{micro_steps}-{bucket}") for bucket in (2**30, 1))
+                    self.assert_same_files(parts, all_at_once)
+                    self.assertEqual(self.losses(parts), self.losses(all_at_once))
+                    self.assertEqual(*([r["val_loss"] for r in self.records(run) if "val_loss" in r] for run in (parts, all_at_once)))
 
     def test_the_same_bits_twice(self):
         common = [*BY_ONE_RULE, "--steps", 5]
@@ -219,7 +233,7 @@ class Layouts(ParallelTest):
 class Checkpoints(ParallelTest):
     def test_another_layout(self):
         for dtype in ("fp32", "bf16"):
-            common = [*BY_ONE_RULE, "--steps", 20, "--dtype", dtype]
+            common = [*BY_ONE_RULE, "--steps", 20, "--dtype", dtype, "--grad-bucket", 1]
             routes = self.path("routes-" + dtype)
             self.alone(*common, "--record-routing", routes, out="routes of " + dtype)
             common += ["--replay-routing", routes]
@@ -308,6 +322,7 @@ class Refused(ParallelTest):
         self.refused_job(2, ["--dp", 2, "--generate", "--checkpoint", self.path("none")], "--generate")
         self.refused_job(2, ["--dp", 2, "--export", "hf", "--checkpoint", self.path("none")], "--export")
         self.refused_job(2, ["--steps", 1, "--dp", 2, "--row-headroom", 0], "--row-headroom")
+        self.refused_job(2, ["--steps", 1, "--dp", 2, "--grad-bucket", 0], "--grad-bucket")
         self.refused_job(2, ["--steps", 1, "--dp", 2, "--train-data", self.path("nothing.bin")], "nothing.bin")
         self.refused_job(2, ["--steps", 1, "--dp", 2, "--resume"], "run")
         self.refused_job(2, ["--steps", 1, "--dp", 2, "--comm-timeout", 0], "--comm-timeout")
@@ -344,17 +359,17 @@ class Ends(ParallelTest):
 
     def test_a_rank_is_killed(self):
         for launcher in LAUNCHERS:
-            for rank in (2, 0):
-                with self.subTest(launcher=launcher, rank=rank):
+            for rank, ep in ((2, 2), (0, 1)):
+                with self.subTest(launcher=launcher, rank=rank, ep=ep):
                     out = f"{launcher}-{rank}"
-                    job, began = self.start(launcher, 4, 2, "--checkpoint-every", 1, out=out), time.monotonic()
+                    job, began = self.start(launcher, 4, ep, "--checkpoint-every", 1, out=out), time.monotonic()
                     os.kill(job.pid(rank), signal.SIGKILL)
                     job.finish()
                     self.assertLess(time.monotonic() - began, PATIENCE)
                     self.assertNotIn(0, job.statuses, job.error)
                     self.assertEqual(len(job.lines), 1, job.error)
                     self.assertRegex(job.lines[0], rf"^rank \d+: .*rank {rank} is gone")
-                    self.resumes(out, ep=2)
+                    self.resumes(out, ep=ep)
 
     def test_a_rank_hangs(self):
         job = self.start("tcp", 2, 2, "--comm-timeout", 2, "--checkpoint-every", 1, out="run")

@@ -35,7 +35,7 @@ class Layouts(TensorTest):
     def check(self, layouts, *more, gradient=None, loss=1e-5, norm=1e-4, steps=5):
         """Losses, norms and (gradient: their largest error) gradients of some steps. Of these with
         --beta1 0, so that the first moment is the gradient of the last."""
-        common = [*BY_ONE_RULE, "--steps", 20, "--stop-after", steps, "--val-data", self.val, *more]
+        common = [*BY_ONE_RULE, "--steps", 20, "--stop-after", steps, "--val-data", self.val, "--grad-bucket", 1, *more]
         if gradient:
             common += ["--beta1", 0, "--clip", 0]
         routes = self.path("routes")
