@@ -102,19 +102,20 @@ inline Homes::Host host_of_all(int64_t rows) { return {rows, 0, {{0, rows, 0}}};
 inline Homes home_alone(int64_t rows) { return {0, 0, 1, 0, {host_of_all(rows)}, {0, rows}}; }
 
 // Bounds of the homes of `ranks` ranks over pieces of these numbers of rows, one after another, each dealt out in units of
-// `unit` rows (its last may be shorter), as evenly as whole units allow: no rank has
-// more than the first.
+// `unit` rows (its last may be shorter), as evenly as whole units allow: no rank has more than
+// the first.
 inline std::vector<int64_t> home_bounds(const std::vector<int64_t>& pieces, int64_t unit, int ranks) {
-  std::vector<int64_t> starts;
-  int64_t row = 0;
-  for (int64_t rows : pieces) {
-    for (int64_t r = 0; r < rows; r += unit) starts.push_back(row + r);
-    row += rows;
-  }
-  int64_t units = int64_t(starts.size());
-  starts.push_back(row);
+  auto units_of = [&](int64_t rows) { return (rows + unit - 1) / unit; };
+  int64_t units = 0, row = 0, before = 0;  // row, before: rows and units in front of a piece
+  for (int64_t rows : pieces) units += units_of(rows);
   std::vector<int64_t> bounds;
-  for (int r = 0; r <= ranks; ++r) bounds.push_back(starts[(units * r + ranks - 1) / ranks]);
+  size_t piece = 0;
+  for (int r = 0; r <= ranks; ++r) {
+    const int64_t first = (units * r + ranks - 1) / ranks;
+    for (; piece < pieces.size() && first >= before + units_of(pieces[piece]); ++piece)
+      before += units_of(pieces[piece]), row += pieces[piece];
+    bounds.push_back(row + (first - before) * unit);
+  }
   return bounds;
 }
 

@@ -23,7 +23,7 @@ MultipleChoice::MultipleChoice(const std::string& path, int vocab_size) : path_(
   if (tokenizer_id_ != 0 && tokenizer_id_ != 1)
     fail(path, ": tokenizer ", tokenizer_id_, " is unknown (0 GPT-2, 1 bytes): make it again with data/hellaswag.py");
   ids_.resize((file.size() - header_bytes) / sizeof(uint16_t));
-  std::memcpy(ids_.data(), file.data() + header_bytes, ids_.size() * sizeof(uint16_t));
+  if (!ids_.empty()) std::memcpy(ids_.data(), file.data() + header_bytes, ids_.size() * sizeof(uint16_t));
 
   size_t at = 0;  // in ids_
   for (int32_t index = 0; index < header[2]; ++index) {
