@@ -59,9 +59,7 @@ class Trainer {
         val_bytes_ = target_bytes(val_->shards(), *known);
     }
     int shards = train_->shards().tokenizer_id();  // 0: GPT-2, or not known
-    if (known_tokenizer && shards != 0 && shards != info_.tokenizer_id)
-      fail(o_.train_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
-           info_.tokenizer_id, " (0 GPT-2, 1 bytes)");
+    check_tokenizer(o_.train_data, shards, known_tokenizer ? info_.tokenizer_id : -1);
     if (!known_tokenizer) info_.tokenizer_id = shards;
     const bool other = !known_tokenizer && shards == Tokenizer::kBytes;  // than that of the model we start from, if any
     if (other) info_.tokenizer_files.clear(), info_.token_ids.clear();

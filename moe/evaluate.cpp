@@ -32,10 +32,14 @@ double bits_per_byte(double loss, int64_t targets, int64_t bytes) {
   return loss * double(targets) / (std::log(2.0) * double(bytes));
 }
 
+void check_tokenizer(const std::string& path, int tokenizer, int model) {
+  if (tokenizer != 0 && model >= 0 && tokenizer != model)
+    fail(path, ": tokens of tokenizer ", tokenizer, ", but the model was trained on those of ", model,
+         " (0 GPT-2, 1 bytes)");
+}
+
 void check_questions(const MultipleChoice& questions, int model_tokenizer, int64_t seq_len) {
-  if (model_tokenizer >= 0 && questions.tokenizer_id() != 0 && questions.tokenizer_id() != model_tokenizer)
-    fail(questions.path(), ": tokens of tokenizer ", questions.tokenizer_id(),
-         ", but the model was trained on those of ", model_tokenizer, " (0 GPT-2, 1 bytes)");
+  check_tokenizer(questions.path(), questions.tokenizer_id(), model_tokenizer);
   if (questions.longest() > seq_len)
     fail(questions.path(), ": the longest question with its answer has ", questions.longest() + 1,
          " tokens; --seq-len ", seq_len, " is too short, ", questions.longest(), " would do");

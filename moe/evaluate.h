@@ -24,6 +24,10 @@ int64_t target_bytes(const TokenShards& shards, const Tokenizer& tokenizer);
 // Bits a byte of text, given the mean loss of `targets` ids in nats.
 double bits_per_byte(double loss, int64_t targets, int64_t bytes);
 
+// Refuses a file of another tokenizer's tokens than the model was trained on: numbers of tokenizers, of a file 0 also where
+// it is not known, of a model -1.
+void check_tokenizer(const std::string& path, int tokenizer, int model);
+
 // Refuses questions that this model cannot be asked: other tokens than it was trained on, or more than seq_len of them.
 // model_tokenizer: -1 if it is not known.
 void check_questions(const MultipleChoice& questions, int model_tokenizer, int64_t seq_len);

@@ -99,10 +99,7 @@ void evaluate_main(Options o, Device& dev, Stop stop) {
     if (!o.val_data.empty()) {
       data =
           std::make_unique<DataLoader>(TokenShards(o.val_data, int(config.vocab_size)), int(o.seq_len), o.seed, false);
-      const int shards = data->shards().tokenizer_id();
-      if (info.own && shards != 0 && shards != info.tokenizer_id)
-        fail(o.val_data, ": tokens of tokenizer ", shards, ", but the model was trained on those of ",
-             info.tokenizer_id, " (0 GPT-2, 1 bytes)");
+      check_tokenizer(o.val_data, data->shards().tokenizer_id(), info.own ? info.tokenizer_id : -1);
       if (data->eval_windows() == 0) fail(o.val_data, ": holds no token to predict");
     }
     if (o.hellaswag.empty()) return;
