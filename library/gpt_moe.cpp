@@ -207,6 +207,7 @@ struct Layer::On final : Implementation {
                            {1, 0, N, c.top_k, c.n_expert},
                            {},
                            {},
+                           {},
                            nullptr};
     if (program == differentiate) {
       if (!c.add_gradients)  // the router's, which its op only adds to
