@@ -16,7 +16,8 @@ inline void cuda_check(cudaError_t error, const char* call) {
 template <class... Params, class... Args>
 void launch(GpuBase& dev, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024)
+  // A kernel has 48 KiB unless it asks for more, what it declares itself included: 16 KiB at the most.
+  if (shared_bytes > 32 * 1024)
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   kernel<<<grid, block, shared_bytes, dev.stream>>>(static_cast<Params>(args)...);
   CUDA_CHECK(cudaGetLastError());

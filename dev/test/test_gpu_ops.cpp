@@ -53,6 +53,8 @@ TYPED_TEST(GpuOps, Embedding) {
   check_embedding<TypeParam>(random_ints("tokens", 1000, 300), 136, 300);
   check_embedding<TypeParam>(one_popular(5000, 11), 37, 11);
   check_embedding<TypeParam>(one_popular(3000, 500), 768, 500);
+  check_embedding<TypeParam>(one_popular(100, 50), 2048, 50);
+  check_embedding<TypeParam>(one_popular(100, 50), 4096, 50);
 }
 
 // A foreign token reads row 0, is named, and adds to no row of the gradient.
