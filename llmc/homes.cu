@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(256) sum_kernel(float* out, SumParts parts, bo
 
 template <int W, class T>
 void sum_pieces(GpuBase& dev, float* out, const SumParts& parts, bool add, int64_t n) {
-  const dim3 grid(unsigned(std::min<int64_t>((n / W + 255) / 256, int64_t(dev.multiprocessors) * 32)));
+  const dim3 grid(unsigned(std::min<int64_t>(ceil_div(n / W, 256), int64_t(dev.multiprocessors) * 32)));
   launch(dev, sum_kernel<W, T>, grid, 256, 0, out, parts, add, n / W);
 }
 
