@@ -25,13 +25,15 @@
 # add up to as much as one MLP of width K*F does. Gates that sum to 1 begin with a K-th of that, and a short run pays for it
 # (4 layers of 128, 64x8, 250 steps of 1024 bytes on a CPU: 2.72 nats a byte with softmax, 2.50 with these).
 # Balance losses are the trainer's defaults, 0.01 and 0.001 a layer (Switch Transformer, arXiv 2101.03961; ST-MoE, 2202.08906).
-# The learning rate is one for all unless LR says otherwise. The sweep says 1e-3 (one H200, 330 steps, the last validation loss):
+# The learning rate is one for all unless LR says otherwise. The sweep says 5e-4 or 1e-3 (one H200, 330 steps, the last
+# validation loss):
 #   2.5e-4 5e-4 1e-3 2e-3 4e-3    dense 3.94 3.73 3.78 3.92 4.05    8x2 3.81 3.70 3.80 3.89 3.75
 #                                 64x8 3.75 3.55 3.59 3.70 3.83    128x8 3.73 3.55 3.53 3.80 3.97
 # (`LRS='2.5e-4 5e-4 1e-3 2e-3 4e-3' STEPS=1320 scripts/worth.sh sweep`), and runs of 1320 steps at 1e-3 ended lower than those at
-# 2e-3, with every shape. 1320 steps are too few: between the 250th and the 600th the loss falls from 3.3 to 2.6, probably when
-# attention learns to copy from the context, with more experts a hundred steps later; until then the shapes with more experts
-# lead, afterwards they catch up, and at the end of so short a run they lie no further apart than seeds do.
+# 2e-3, with every shape (5e-4 was not tried at that length). 1320 steps are too few: between the 250th and the 600th the loss
+# falls from 3.3 to 2.6, probably when attention learns to copy from the context, with more experts a hundred steps later; until
+# then the shapes with more experts lead, afterwards they catch up, and at the end of so short a run they lie no further apart
+# than seeds do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
